@@ -1,0 +1,62 @@
+"""python evaluate.py checkpoint=runs/b0_toy/2026-11-20_12-00-00/best.ckpt"""
+
+import os
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from segformer.errors import build, explained
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what `explained` tells in one sentence
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+@explained()
+def main(settings: DictConfig) -> float:
+    """Scores a checkpoint by its dataset's protocol, writes the report, returns the mIoU."""
+    config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    own_data = HydraConfig.get().runtime.choices.data  # NAME of data=NAME, or None
+
+    from lightning.pytorch import Trainer  # here, so that --help and a misspelt key are answered without torch
+
+    from segformer import callbacks, checkpoints
+    from segformer.data.datamodule import SegmentationData
+    from segformer.inference import Protocol
+    from segformer.model import SegformerForSemanticSegmentation
+    from segformer.report import write_report
+    from segformer.task import SegmentationTask
+
+    callbacks.hush()
+    source, options = config["checkpoint"], config["trainer"]
+    trained = checkpoints.training_config(source, needed=own_data is None)
+    section = config["data"] | {"val": instantiate(config["data"]["val"])} if own_data else trained["data"]
+    data = build("data", SegmentationData, section)
+    data.prepare("val")
+    model = SegformerForSemanticSegmentation.from_pretrained(source)
+    data.classes.require(model.config.id2label.values(), source)
+    if options["precision"] == "checkpoint":
+        options["precision"] = trained.get("trainer", {}).get("precision", "32-true")
+    changes = {key: value for key, value in config["protocol"].items() if value != "dataset"}
+    task = SegmentationTask(model, build("protocol", Protocol, asdict(data.protocol) | changes))
+    del options["checkpoint_interval"]
+    trainer = Trainer(callbacks=[callbacks.Progress(1)], logger=False, use_distributed_sampler=False, **options)
+    trainer.validate(task, data, verbose=False)
+    if trainer.is_global_zero:
+        name = own_data or trained["choices"]["data"]
+        facts = {"checkpoint": os.path.abspath(source), "data": name, "precision": options["precision"]}
+        facts["split_images"] = len(data.datasets["val"])
+        folder = Path("reports", f"{Path(source).stem}_{name}", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        path = write_report(folder, task.scores, data.classes.names, task.images_scored, task.protocol, facts)
+        print(path.with_suffix(".md").read_text(), path, sep="\n")
+    return task.scores.miou
+
+
+if __name__ == "__main__":
+    with explained():
+        main()

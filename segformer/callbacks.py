@@ -1,0 +1,156 @@
+"""They watch a run and never steer it: progress, metrics file, previews."""
+
+import csv
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from tqdm import tqdm
+
+from segformer.labels import Classes
+from segformer.visualize import panel
+
+PREVIEWS = 4  # panels drawn at each validation
+LINE_SECONDS = 15  # between two lines of progress where there is no terminal to redraw
+
+
+def hush() -> None:
+    """Keeps what does not concern a user off the terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # "Tip: try installing ...", one banner a device
+    for message in (
+        r".*treespec, LeafSpec.*",  # Lightning 2.6 calls a helper that torch deprecated
+        r".*does not have many workers.*",  # `data.workers` is the user's choice, printed at the start
+        r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+        r".*Experiment logs directory .* exists and is not empty.*",  # likewise; MetricsFile keeps the rows
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+class Progress(ProgressBar):
+    """One bar over all optimiser steps with loss, lr, images/s and the latest mIoU; plain lines without a terminal."""
+
+    def __init__(self, batch_size: int, enabled: bool = True) -> None:
+        super().__init__()
+        self.batch_size, self.enabled_ = batch_size, enabled
+        self.terminal = sys.stderr.isatty()
+        self.shown: dict[str, str] = {}
+
+    def disable(self) -> None:  # Lightning calls it on every process but the first
+        self.enabled_ = False
+
+    def enable(self) -> None:
+        self.enabled_ = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.start = self.since = time.monotonic()
+        self.first = self.step = trainer.global_step
+        hidden = not (self.enabled_ and self.terminal)
+        self.bar = tqdm(total=trainer.max_steps, initial=self.first, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if step == self.step:  # a micro-batch of an accumulated step
+            return
+        self.bar.update(step - self.bar.n)
+        due = now - self.since >= (1 if self.terminal else LINE_SECONDS)
+        if not self.enabled_ or not (due or step in (self.first + 1, trainer.max_steps)):
+            return
+        # reading the loss waits for the device: once a second, not every step
+        self.shown["loss"] = f"{float(trainer.callback_metrics['train/loss']):.4f}"
+        self.shown["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}"
+        self.shown["images/s"] = f"{(step - self.step) * self.batch_size / (now - self.since):.1f}"
+        self.since, self.step = now, step
+        self._show(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.shown["mIoU"] = f"{float(trainer.callback_metrics['val/miou']):.4f}"
+            self.since, self.step = time.monotonic(), trainer.global_step  # validation is not training speed
+            if self.enabled_:
+                self._show(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        hidden = not (self.enabled_ and self.terminal)
+        batches = int(sum(trainer.num_val_batches))
+        self.scoring = tqdm(total=batches, desc="validate", unit="image", leave=False, disable=hidden)
+        self.scored, self.line = 0, time.monotonic()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.scored += 1
+        self.scoring.update()
+        if self.enabled_ and not self.terminal and time.monotonic() - self.line >= LINE_SECONDS:
+            self.line = time.monotonic()
+            self.print(f"validate: {self.scored} of {self.scoring.total} images")
+
+    def on_validation_epoch_end(self, *_: Any) -> None:
+        self.scoring.close()
+
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        if self.terminal:
+            self.bar.set_postfix(self.shown)
+            return
+        left = (trainer.max_steps - trainer.global_step) * (time.monotonic() - self.start) / max(trainer.global_step - self.first, 1)
+        words = "  ".join(f"{name} {value}" for name, value in self.shown.items())
+        self.print(f"step {trainer.global_step} of {trainer.max_steps}  {words}  {left / 60:.1f} min left")
+
+
+class MetricsFile(CSVLogger):
+    """`metrics.csv` in the run folder; a resumed run keeps the rows up to its step, where Lightning's deletes all."""
+
+    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
+        path = folder / "metrics.csv"
+        rows: list[dict[str, Any]] = []
+        if resumed_step and path.is_file():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) < resumed_step]
+            path.rename(folder / "metrics.before-resume.csv")
+        super().__init__(str(folder.parent), name="", version=folder.name, flush_logs_every_n_steps=1)
+        self._before = rows
+
+    @property
+    def experiment(self) -> Any:
+        fresh = self._experiment is None
+        writer = super().experiment
+        if fresh and self._before:
+            writer.metrics = self._before
+            writer.save()
+            (Path(self.log_dir) / "metrics.before-resume.csv").unlink(missing_ok=True)
+        return writer
+
+
+class Previews(pl.Callback):
+    """Panels of image, label and prediction of the first validation images, one file a validation."""
+
+    def __init__(self, folder: Path, classes: Classes) -> None:
+        self.folder, self.classes = folder / "previews", classes
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        task: pl.LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx >= PREVIEWS or not trainer.is_global_zero:
+            return
+        image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
+        drawn = panel(image, batch["mask"][0].cpu().numpy(), outputs[0].cpu().numpy(), self.classes)
+        self.folder.mkdir(exist_ok=True)
+        Image.fromarray(drawn).save(self.folder / f"step_{trainer.global_step:06d}_{batch_idx}.jpg", quality=90)

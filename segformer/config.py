@@ -1,0 +1,119 @@
+"""SegformerConfig: the fields, names and defaults of Hugging Face's, and the table of sizes B0..B5."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from segformer.errors import UserError, nearest
+
+# depths, hidden sizes and decoder width of the paper's table 6 (arXiv 2105.15203)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "b0": {"depths": [2, 2, 2, 2], "hidden_sizes": [32, 64, 160, 256], "decoder_hidden_size": 256},
+    "b1": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256},
+    "b2": {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768},
+    "b3": {"depths": [3, 4, 18, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768},
+    "b4": {"depths": [3, 8, 27, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768},
+    "b5": {"depths": [3, 6, 40, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768},
+}
+
+
+class SegformerConfig:
+    """Architecture of a SegFormer; keywords, attributes and `config.json` are Hugging Face's.
+
+    `num_labels`, `id2label` and `label2id` describe the classes (two when nothing is given). Keywords this class does
+    not know are kept as attributes and written back, as its peer does. Every LayerNorm is built with eps 1e-5:
+    `layer_norm_eps` is carried for compatibility only, as in transformers, whose model never reads it.
+
+    Source: transformers' configuration_segformer (fields and defaults); the paper for their meaning.
+    """
+
+    model_type = "segformer"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        num_encoder_blocks: int = 4,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        hidden_sizes: Sequence[int] = (32, 64, 160, 256),
+        patch_sizes: Sequence[int] = (7, 3, 3, 3),
+        strides: Sequence[int] = (4, 2, 2, 2),
+        num_attention_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.0,
+        attention_probs_dropout_prob: float = 0.0,
+        classifier_dropout_prob: float = 0.1,
+        initializer_range: float = 0.02,
+        drop_path_rate: float = 0.1,
+        layer_norm_eps: float = 1e-6,
+        decoder_hidden_size: int = 256,
+        semantic_loss_ignore_index: int = 255,
+        num_labels: int | None = None,
+        id2label: Mapping[int | str, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_channels = num_channels
+        self.num_encoder_blocks = num_encoder_blocks
+        self.depths = list(depths)
+        self.sr_ratios = list(sr_ratios)
+        self.hidden_sizes = list(hidden_sizes)
+        self.patch_sizes = list(patch_sizes)
+        self.strides = list(strides)
+        self.num_attention_heads = list(num_attention_heads)
+        self.mlp_ratios = list(mlp_ratios)
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.classifier_dropout_prob = classifier_dropout_prob
+        self.initializer_range = initializer_range
+        self.drop_path_rate = drop_path_rate
+        self.layer_norm_eps = layer_norm_eps
+        self.decoder_hidden_size = decoder_hidden_size
+        self.semantic_loss_ignore_index = semantic_loss_ignore_index
+        if num_labels is not None and id2label is not None and len(id2label) != num_labels:
+            raise UserError(f"num_labels is {num_labels} but id2label names {len(id2label)} classes")
+        if id2label is None:
+            id2label = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
+        self.id2label = {int(index): name for index, name in id2label.items()}
+        self.label2id = dict(label2id) if label2id else {name: index for index, name in self.id2label.items()}
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+        self._validate()
+
+    @classmethod
+    def from_variant(cls, variant: str, **overrides: Any) -> "SegformerConfig":
+        """The configuration of `variant` ("b0" to "b5"), with any field overridden."""
+        if variant not in VARIANTS:
+            raise UserError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}: choose from {', '.join(VARIANTS)}")
+        return cls(**{**VARIANTS[variant], **overrides})
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to `config.json`."""
+        return {"model_type": self.model_type, **vars(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> "SegformerConfig":
+        """From the content of a `config.json`; refuses another architecture's."""
+        found = values.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise UserError(f"config.json describes a {found!r} model, expected 'segformer'")
+        values = {key: value for key, value in values.items() if key != "model_type"}
+        if "num_labels" in overrides and "id2label" not in overrides:
+            values = {key: value for key, value in values.items() if key not in ("id2label", "label2id")}
+        return cls(**{**values, **overrides})
+
+    def _validate(self) -> None:
+        stages = self.num_encoder_blocks
+        for name in ("depths", "sr_ratios", "hidden_sizes", "patch_sizes", "strides", "num_attention_heads", "mlp_ratios"):
+            if len(getattr(self, name)) != stages:
+                raise UserError(f"{name} is {getattr(self, name)}, expected {stages} values, one for each stage")
+        for width, heads in zip(self.hidden_sizes, self.num_attention_heads, strict=True):
+            if width % heads:
+                raise UserError(f"hidden size {width} is not a multiple of its {heads} attention heads")
+        if self.hidden_act != "gelu":
+            raise UserError(f"hidden_act is {self.hidden_act!r}, expected 'gelu', the only one SegFormer was trained with")

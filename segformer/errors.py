@@ -1,0 +1,77 @@
+"""What a user is told when something they gave is wrong: one sentence, exit code 1.
+
+Everything else is a bug of ours and keeps its traceback.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake the reader can mend: the message names the thing, the value found, what was expected and the fix."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`" (did you mean 'depth'?)"` for the closest of `words`, or an empty string."""
+    close = get_close_matches(word, list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def build(where: str, what: Callable[..., T], options: Mapping[str, Any], **more: Any) -> T:
+    """Calls `what(**options, **more)`; the signature is the schema of the config section `where`."""
+    schema = inspect.signature(what).parameters
+    allowed = [name for name in schema if name not in more]
+    for key in options:
+        if key not in allowed:
+            raise UserError(
+                f"unknown key '{where}.{key}'{nearest(key, allowed)}: {where} takes {', '.join(sorted(allowed))}"
+            )
+    for name in allowed:
+        if schema[name].default is inspect.Parameter.empty and name not in options:
+            raise UserError(f"'{where}.{name}' is not set: add {where}.{name}=... to the command")
+    return what(**options, **more)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns a user's error inside the block into `error: <sentence>` on stderr and exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _sentence(error: Exception) -> str | None:
+    if isinstance(error, UserError):
+        # a DataLoader worker sends its traceback along inside the message: the sentence is its last line
+        return str(error).rpartition("UserError: ")[2].strip()
+    if isinstance(error, RuntimeError) and "torchvision::" in str(error):
+        return (
+            f"torch {version('torch')} and torchvision {version('torchvision')} do not belong together: "
+            "install them in one command, `pip install torch torchvision -c constraints.txt`"
+        )
+    if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
+        return None
+    cause = error.__cause__ or error
+    node, key, full_key = (getattr(cause, name, None) for name in ("parent_node", "key", "full_key"))
+    if isinstance(node, Mapping) and "not in struct" in str(cause):
+        keys = [str(name) for name in node]
+        return f"unknown key '{full_key}'{nearest(str(key), keys)}: expected one of {', '.join(sorted(keys))}"
+    if "Missing mandatory value" in str(error):
+        return f"'{full_key}' is not set: add {full_key}=... to the command"
+    if getattr(error, "options", None) and getattr(error, "missing_cfg_file", None):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")  # type: ignore[attr-defined]
+        options = sorted(error.options)  # type: ignore[attr-defined]
+        return f"no config {group}={choice}{nearest(choice, options)}: choose from {', '.join(options)}"
+    return " ".join(line.strip() for line in str(error).splitlines() if "HYDRA_FULL_ERROR" not in line).strip()

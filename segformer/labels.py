@@ -1,0 +1,124 @@
+"""What a mask is: raw ids in a file -> train ids 0..K-1 through one lookup table, 255 = ignore."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from segformer.errors import UserError
+
+IGNORE = 255
+MAX_CLASSES = 255  # ids 0..254 fit a byte beside the ignore value
+_UNDECLARED = -1
+_RAW_VALUES = 65536  # masks hold 8 or 16 bits
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The label contract of a dataset.
+
+    names: K class names in train-id order. colors: (K, 3) uint8 RGB. lookup: (65536,) int16 from raw mask value to
+    train id, 255 where ignored, -1 where the contract says nothing (which is an error when met in a mask).
+    """
+
+    names: tuple[str, ...]
+    colors: np.ndarray
+    lookup: np.ndarray
+
+    @classmethod
+    def from_config(cls, classes: Sequence[str] | Mapping[str, Any], ignore: Sequence[int] | str = (IGNORE,)) -> "Classes":
+        """`classes` is a list of names (raw value = index) or {name: {color: [r, g, b], ids: [raw, ...]}}.
+
+        `ignore` lists the raw values that count as "no label", or is "rest": every value not listed.
+        """
+        table = classes if isinstance(classes, Mapping) else {name: None for name in classes}
+        if not 1 <= len(table) <= MAX_CLASSES or len(table) != len(classes):
+            raise UserError(f"data.classes holds {len(classes)} names, expected 1 to {MAX_CLASSES} different ones")
+        palette = distinct_colors(len(table))
+        lookup = np.full(_RAW_VALUES, IGNORE if ignore == "rest" else _UNDECLARED, np.int16)
+        if ignore != "rest":
+            lookup[_raw_ids("data.ignore", ignore)] = IGNORE
+        taken: dict[int, str] = {}
+        for index, (name, entry) in enumerate(table.items()):
+            entry = entry or {}
+            if unknown := set(entry) - {"color", "ids"}:
+                raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected color and ids")
+            for raw in _raw_ids(f"data.classes.{name}.ids", entry.get("ids", [index])):
+                if raw in taken:
+                    raise UserError(f"raw mask value {raw} is claimed by both {taken[raw]!r} and {name!r} in data.classes")
+                taken[raw] = str(name)
+                lookup[raw] = index
+            palette[index] = entry.get("color", palette[index])
+        return cls(tuple(str(name) for name in table), palette, lookup)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def require(self, names: Iterable[str], source: object) -> None:
+        """Raises UserError unless `source` was trained on these very classes, in this order."""
+        found = tuple(names)
+        if len(found) != len(self):
+            raise UserError(f"{source} has {len(found)} classes, the data {len(self)}: give the dataset it was trained on")
+        for index, (theirs, ours) in enumerate(zip(found, self.names, strict=True)):
+            if theirs != ours:
+                raise UserError(f"class {index} is {theirs!r} in {source} but {ours!r} in the data: give the same classes")
+
+    def encode(self, raw: np.ndarray, where: str) -> np.ndarray:
+        """(H, W) raw ids -> (H, W) uint8 train ids with 255 = ignore; `where` names the file in the error.
+
+        Raises:
+            UserError: the mask holds a value the contract does not declare.
+        """
+        mask = self.lookup[raw]
+        if (mask == _UNDECLARED).any():
+            values = np.unique(raw[mask == _UNDECLARED])
+            raise UserError(
+                f"mask {where} holds the value{'s' if len(values) > 1 else ''} {', '.join(map(str, values[:5]))}"
+                f"{', ...' if len(values) > 5 else ''} ({(mask == _UNDECLARED).mean():.1%} of its pixels), which none of the "
+                f"{len(self)} classes declares: list it under data.classes or in data.ignore"
+            )
+        return mask.astype(np.uint8)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask file as raw ids (H, W), uint8 or uint16. Palette PNGs are read as indices, never as colours.
+
+    Pillow only: OpenCV turns palette indices into grey levels and 16-bit ids into 8-bit ones.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, or holds colours instead of ids.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P", "1", "I;16", "I"):
+                raise UserError(
+                    f"mask {path} is a {image.mode} image, expected one channel of class ids: "
+                    "save it as an 8-bit or 16-bit grey or palette PNG"
+                )
+            raw = np.array(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read mask {path}: {error}; replace or remove the file") from error
+    if raw.dtype == np.int32:  # Pillow widens some 16-bit files
+        if raw.min() < 0 or raw.max() >= _RAW_VALUES:
+            raise UserError(f"mask {path} holds values from {raw.min()} to {raw.max()}, expected 0 to {_RAW_VALUES - 1}")
+        return raw.astype(np.uint16)
+    return raw.astype(np.uint8) if raw.dtype == bool else raw
+
+
+def distinct_colors(count: int) -> np.ndarray:
+    """(count, 3) uint8: the bit-reversal palette of Pascal VOC, without its black first entry."""
+    ids = np.arange(1, count + 1)
+    colors = np.zeros((count, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colors[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colors
+
+
+def _raw_ids(where: str, ids: Any) -> list[int]:
+    if isinstance(ids, (str, int)) or any(not isinstance(raw, int) or not 0 <= raw < _RAW_VALUES for raw in ids):
+        raise UserError(f"{where} is {ids!r}, expected a list of raw mask values from 0 to {_RAW_VALUES - 1}")
+    return list(ids)

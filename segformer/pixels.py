@@ -1,0 +1,78 @@
+"""What an image is: RGB uint8 (H, W, 3) outside the network, normalised float (B, 3, H, W) inside.
+
+Pixels travel as uint8 and are normalised on the device, so a 512 x 512 sample weighs 1 MB with its label, not 5.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from segformer.errors import UserError
+
+MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, on the 0..255 scale
+STD = (58.395, 57.12, 57.375)
+PAD = tuple(round(value) for value in MEAN)  # "pad after normalising" in uint8: at most 0.006 off zero
+
+# Numbers in one band of upsampled logits: few enough to stay in a CPU's cache, many enough that launching a kernel
+# does not show.
+BAND_NUMBERS = {"cpu": 2**20, "cuda": 2**26}
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) in 0..255 -> float32 of the same shape, zero mean and unit variance over ImageNet."""
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    return (images.float() - mean) / std
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, height, width): bilinear without antialiasing, as the published protocol."""
+    if images.shape[-2:] == (height, width):
+        return images
+    resized = F.interpolate(images.float(), size=(height, width), mode="bilinear", align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def bilinear_matrix(source: int, target: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(target, source) weights of one axis of a bilinear resize (align_corners False): each row sums to one."""
+    centre = ((torch.arange(target, device=device, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(min=0)
+    low = centre.floor().long().clamp(max=source - 1)
+    high = (low + 1).clamp(max=source - 1)
+    weight = (centre - low).to(dtype)
+    rows = torch.arange(target, device=device)
+    matrix = torch.zeros(target, source, device=device, dtype=dtype)
+    matrix[rows, low] = 1 - weight
+    return matrix.index_put_((rows, high), weight, accumulate=True)
+
+
+def row_bands(source: int, target: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts an upsampling of `source` to `target` rows into bands of at most `rows`: (output rows, rows they need)."""
+    for top in range(0, target, rows):
+        bottom = min(top + rows, target)
+        first = int((top + 0.5) * source / target - 0.5)  # int() takes what lies above row 0 to row 0
+        last = int((bottom - 0.5) * source / target - 0.5) + 2
+        yield slice(top, bottom), slice(first, min(last, source))
+
+
+def upsample_rows(maps: Tensor, vertical: Tensor, across: Tensor) -> Tensor:
+    """(K, h, w) maps, (R, h) and (W, w) weights of `bilinear_matrix` -> (K, R, W): two matrix products."""
+    tall = vertical @ maps  # (K, R, w)
+    return (tall.view(-1, tall.shape[-1]) @ across.T).view(len(maps), -1, len(across))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as RGB uint8 (H, W, 3), turned as its EXIF orientation says.
+
+    Raises:
+        UserError: the file is missing, empty, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {error}; replace or remove the file") from error

@@ -1,0 +1,101 @@
+"""Scores -> report.json (a contract) and report.md."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segformer.checkpoints import write_atomically
+from segformer.inference import Protocol
+from segformer.metrics import Scores
+
+_HEADLINE = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "fwiou": "fwIoU", "mdice": "mDice"}
+
+
+def write_report(
+    folder: Path, scores: Scores, names: tuple[str, ...], images: int, protocol: Protocol, facts: Mapping[str, Any]
+) -> Path:
+    """Writes `report.json` and `report.md` into a folder that must not hold a report yet; returns the json's path.
+
+    Scores are fractions 0..1; a class that occurs nowhere has null scores and is left out of the means. facts: further
+    plain values for the top level of the json (checkpoint, data, precision, ...).
+    """
+    report = {
+        **{key: _number(getattr(scores, key)) for key in _HEADLINE},
+        "per_class": [
+            {
+                "name": name,
+                "iou": _number(scores.iou[index]),
+                "acc": _number(scores.acc[index]),
+                "dice": _number(scores.dice[index]),
+                "pixels": int(scores.pixels[index]),
+            }
+            for index, name in enumerate(names)
+        ],
+        "images": images,
+        "protocol": asdict(protocol),
+        **facts,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "segformer": version("segformer")},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    if path.exists():
+        raise FileExistsError(f"{path} exists: reports are never overwritten")
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / "report.md", lambda file: file.write(_markdown(report).encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def describe(protocol: Protocol) -> str:
+    """One line: how the label maps were made."""
+    parts = ["images at their own size" if protocol.size is None else f"images kept within {protocol.size[0]} x {protocol.size[1]}"]
+    if protocol.align > 1:
+        parts.append(f"sides aligned to {protocol.align}")
+    if protocol.window is None:
+        parts.append("whole image")
+    else:
+        assert protocol.stride is not None
+        parts.append(f"windows of {_sides(protocol.window)} every {_sides(protocol.stride)}, logits averaged")
+    return ", ".join([*parts, "scored at the label's own size"])
+
+
+def _markdown(report: Mapping[str, Any]) -> str:
+    rows = [f"| {row['name']} | {_percent(row['iou'])} | {_percent(row['acc'])} | {_percent(row['dice'])} | {row['pixels']:,} |"
+            for row in report["per_class"]]  # fmt: skip
+    settings = report["protocol"]
+    lines = [
+        f"# mIoU {_percent(report['miou'])} on {report.get('data', 'the data')}",
+        "",
+        " | ".join(f"{label} **{_percent(report[key])}**" for key, label in _HEADLINE.items()),
+        "",
+        f"{report['images']} images; {describe(Protocol(**settings))}; precision {report.get('precision', 'unknown')}.",
+        f"Checkpoint: `{report.get('checkpoint', 'unknown')}`.",
+        "",
+        "| class | IoU | Acc | Dice | pixels |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *rows,
+        "",
+        "Percent; pixels summed over all images, then divided; a class that occurs nowhere (-) is left out of the means.",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _sides(pair: tuple[int, int]) -> str:
+    return f"{pair[0]} x {pair[1]}"

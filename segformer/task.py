@@ -1,0 +1,97 @@
+"""What is done with a batch: loss in training, a confusion matrix in validation."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from segformer.checkpoints import Pretrained
+from segformer.data.sampler import mix
+from segformer.errors import build
+from segformer.inference import Protocol, segment
+from segformer.losses import pixel_cross_entropy
+from segformer.metrics import Scores, confusion_matrix
+from segformer.optim import adamw
+from segformer.pixels import normalize
+
+
+class Confusion(Metric):
+    """(K, K) counts and the number of images behind them, summed over processes."""
+
+    full_state_update = False
+    matrix: Tensor
+    images: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.add_state("matrix", torch.zeros(classes, classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        self.matrix += confusion_matrix(prediction, label, len(self.matrix))
+        self.images += len(label)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        return self.matrix, self.images
+
+
+class SegmentationTask(pl.LightningModule):
+    """Trains and scores a network; the recipe's numbers come in as `optim`.
+
+    protocol: how validation turns images into label maps. optim: keywords of `optim.adamw` and
+    `loss_denominator`. hyper_parameters: plain values written into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: Pretrained,
+        protocol: Protocol,
+        optim: dict[str, Any] | None = None,
+        max_steps: int = 1,
+        seed: int = 0,
+        hyper_parameters: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.protocol, self.max_steps, self.seed = model, protocol, max_steps, seed
+        self.optim = dict(optim or {})
+        self.loss_denominator = self.optim.pop("loss_denominator", "all")
+        self.hyper_parameters = hyper_parameters or {}
+        self.confusion = Confusion(model.config.num_labels)
+        self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it
+        self.images_scored = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = build("optim", adamw, self.optim, model=self.model, max_steps=self.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # dropout and drop-path follow from (seed, step, process): a resumed run draws what an unbroken one draws
+        accumulated = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(mix(self.seed, self.global_step, accumulated, self.global_rank))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self.model(normalize(batch["image"])).logits
+        loss = pixel_cross_entropy(logits, batch["mask"], denominator=self.loss_denominator)
+        self.log_dict({"train/loss": loss, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning validates every interval and, once told to stop, after the step at hand: the last one is never missed
+        if self.global_step == self.max_steps:
+            self.trainer.should_stop = True
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        labels = segment(self.model, batch["image"], self.protocol)
+        self.confusion.update(labels, batch["mask"])
+        return labels
+
+    def on_validation_epoch_end(self) -> None:
+        matrix, images = self.confusion.compute()
+        self.confusion.reset()
+        self.scores, self.images_scored = Scores.from_confusion(matrix), int(images)
+        self.log_dict({"val/miou": self.scores.miou, "val/macc": self.scores.macc, "val/aacc": self.scores.aacc})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["hyper_parameters"] = self.hyper_parameters

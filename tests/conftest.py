@@ -1,0 +1,72 @@
+"""No network, no account: set before anything imports the libraries that would look for one."""
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", NO_ALBUMENTATIONS_UPDATE="1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segformer.config import SegformerConfig
+from segformer.model import SegformerForSemanticSegmentation
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "depths": [2, 1, 2, 1],
+    "hidden_sizes": [8, 16, 24, 32],
+    "num_attention_heads": [1, 2, 3, 4],
+    "decoder_hidden_size": 24,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> SegformerForSemanticSegmentation:
+    """A real SegFormer of 7 classes, small enough for a test, with every parameter and BatchNorm statistic random."""
+    model = SegformerForSemanticSegmentation(SegformerConfig(**TINY, num_labels=7))
+    randomize(model)
+    return model.eval()
+
+
+def randomize(model: torch.nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.is_floating_point():
+            tensor.normal_(0, 0.2)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Real images that may not be copied into the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the folder of real images beside the repository, which is not part of it")
+    return folder
+
+
+@pytest.fixture
+def potholes(tmp_path: Path) -> Path:
+    """A user's dataset of two classes: 4 training and 3 validation pairs of unequal sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 3)):
+        for index in range(count):
+            mask = np.zeros((60 + index, 80), np.uint8)
+            mask[20:40, 10 + 5 * index : 40] = 1
+            image = (rng.integers(0, 60, (*mask.shape, 3)) + mask[..., None] * 120).astype(np.uint8)
+            save_pair(tmp_path / "potholes", split, f"road {index} ü", image, mask)
+    return tmp_path / "potholes"
+
+
+def save_pair(root: Path, split: str, stem: str, image: np.ndarray, mask: np.ndarray) -> None:
+    for kind, array, suffix in (("images", image, ".jpg"), ("masks", mask, ".png")):
+        folder = root / kind / split
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(folder / f"{stem}{suffix}")

@@ -1,0 +1,72 @@
+"""The banded loss against interpolate + cross_entropy in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segformer import losses
+from segformer.errors import UserError
+from segformer.losses import pixel_cross_entropy
+
+
+def literal(logits, labels, denominator):
+    upsampled = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(upsampled, labels.long(), ignore_index=255, reduction="sum")
+    return total / (labels.numel() if denominator == "all" else (labels != 255).sum())
+
+
+@pytest.mark.parametrize("denominator", ["valid", "all"])
+@pytest.mark.parametrize("label_type", [torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    ("classes", "low", "high"),
+    [(2, (8, 8), (32, 32)), (19, (9, 17), (33, 65)), (150, (5, 7), (20, 28)), (3, (6, 6), (6, 6)), (4, (9, 8), (5, 3))],
+)
+def test_value_and_gradient_equal_the_literal_form(classes, low, high, label_type, denominator, monkeypatch) -> None:
+    monkeypatch.setitem(losses.BAND_NUMBERS, "cpu", 4 * classes * high[1])  # several bands an image
+    logits = torch.randn(2, classes, *low, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, classes, (2, *high)).to(label_type)
+    labels[0, : high[0] // 2] = 255
+    found, expected = pixel_cross_entropy(logits, labels, denominator=denominator), literal(logits, labels, denominator)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    (found_gradient,) = torch.autograd.grad(3 * found, logits)
+    (expected_gradient,) = torch.autograd.grad(3 * expected, logits)
+    torch.testing.assert_close(found_gradient, expected_gradient, rtol=1e-10, atol=1e-15)
+
+
+def test_a_crop_of_pure_ignore_costs_nothing() -> None:
+    logits = torch.randn(1, 5, 8, 8, requires_grad=True)
+    loss = pixel_cross_entropy(logits, torch.full((1, 32, 32), 255))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_half_precision_logits_are_scored_in_float32() -> None:
+    logits = torch.randn(2, 5, 8, 8)
+    labels = torch.randint(0, 5, (2, 32, 32))
+    half = logits.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = pixel_cross_entropy(half, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32 and half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, literal(half.detach().float(), labels, "valid"), rtol=1e-6, atol=1e-6)
+
+
+def test_no_full_resolution_tensor_is_kept_for_backward() -> None:
+    saved = []
+    logits = torch.randn(2, 19, 32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        pixel_cross_entropy(logits, torch.randint(0, 19, (2, 128, 128)))
+    assert saved == [logits.numel()]
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "options", "message"),
+    [
+        ((1, 1, 8, 8), (1, 32, 32), {}, "logits have 1 class"),
+        ((2, 3, 8, 8), (1, 32, 32), {}, "expected \\(batch 2, height, width\\)"),
+        ((1, 3, 8, 8), (1, 32, 32), {"denominator": "some"}, "expected 'valid' or 'all'"),
+    ],
+)
+def test_wrong_arguments_are_told(shape, labels, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        pixel_cross_entropy(torch.zeros(shape), torch.zeros(labels, dtype=torch.long), **options)
