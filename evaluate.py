@@ -2,8 +2,6 @@
 
 import os
 from dataclasses import asdict
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -20,24 +18,23 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what `explai
 @explained()
 def main(settings: DictConfig) -> float:
     """Scores a checkpoint by its dataset's protocol, writes the report, returns the mIoU."""
-    config: dict[str, Any] = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    own_data = HydraConfig.get().runtime.choices.data  # NAME of data=NAME, or None
+    config: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+    return evaluate(config, own_data=HydraConfig.get().runtime.choices.data)  # NAME of data=NAME, or None
 
-    from lightning.pytorch import Trainer  # here, so that --help and a misspelt key are answered without torch
 
-    from segformer import callbacks, checkpoints
+def evaluate(config: dict[str, Any], own_data: str | None) -> float:
+    from lightning.pytorch import Trainer  # not above: --help and a misspelt key need no torch
+
+    from segformer import callbacks, checkpoints, report
     from segformer.data.datamodule import SegmentationData
     from segformer.inference import Protocol
     from segformer.model import SegformerForSemanticSegmentation
-    from segformer.report import write_report
     from segformer.task import SegmentationTask
 
-    callbacks.hush()
     source, options = config["checkpoint"], config["trainer"]
     trained = checkpoints.training_config(source, needed=own_data is None)
     section = config["data"] | {"val": instantiate(config["data"]["val"])} if own_data else trained["data"]
-    data = build("data", SegmentationData, section)
-    data.prepare("val")
+    data = build("data", SegmentationData, section).opened("val")
     model = SegformerForSemanticSegmentation.from_pretrained(source)
     data.classes.require(model.config.id2label.values(), source)
     if options["precision"] == "checkpoint":
@@ -51,9 +48,8 @@ def main(settings: DictConfig) -> float:
         name = own_data or trained["choices"]["data"]
         facts = {"checkpoint": os.path.abspath(source), "data": name, "precision": options["precision"]}
         facts["split_images"] = len(data.datasets["val"])
-        folder = Path("reports", f"{Path(source).stem}_{name}", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-        path = write_report(folder, task.scores, data.classes.names, task.images_scored, task.protocol, facts)
-        print(path.with_suffix(".md").read_text(), path, sep="\n")
+        folder = report.new_folder("reports", checkpoints.model_name(source, trained), name)
+        report.write_report(folder, task.scores, data.classes.names, task.images_scored, task.protocol, facts)
     return task.scores.miou
 
 

@@ -21,16 +21,15 @@ PREVIEWS = 4  # panels drawn at each validation
 LINE_SECONDS = 15  # between two lines of progress where there is no terminal to redraw
 
 
-def hush() -> None:
-    """Keeps what does not concern a user off the terminal."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # "Tip: try installing ...", one banner a device
-    for message in (
-        r".*treespec, LeafSpec.*",  # Lightning 2.6 calls a helper that torch deprecated
-        r".*does not have many workers.*",  # `data.workers` is the user's choice, printed at the start
-        r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
-        r".*Experiment logs directory .* exists and is not empty.*",  # likewise; MetricsFile keeps the rows
-    ):
-        warnings.filterwarnings("ignore", message=message)
+# What does not concern a user is kept off the terminal.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # advertisements, one banner a device
+for _message in (
+    r".*treespec, LeafSpec.*",  # Lightning 2.6 calls a helper that torch deprecated
+    r".*does not have many workers.*",  # `data.workers` is the user's choice, printed at the start
+    r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+    r".*Experiment logs directory .* exists and is not empty.*",  # likewise; MetricsFile keeps the rows
+):
+    warnings.filterwarnings("ignore", message=_message)
 
 
 class Progress(ProgressBar):
@@ -110,27 +109,29 @@ class Progress(ProgressBar):
 
 
 class MetricsFile(CSVLogger):
-    """`metrics.csv` in the run folder; a resumed run keeps the rows up to its step, where Lightning's deletes all."""
+    """`metrics.csv` in the run folder; a resumed run goes on in it, where Lightning's logger starts an empty one."""
 
-    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
-        path = folder / "metrics.csv"
-        rows: list[dict[str, Any]] = []
-        if resumed_step and path.is_file():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < resumed_step]
-            path.rename(folder / "metrics.before-resume.csv")
+    def __init__(self, folder: Path) -> None:
         super().__init__(str(folder.parent), name="", version=folder.name, flush_logs_every_n_steps=1)
-        self._before = rows
+        self._kept = folder / "metrics.before-resume.csv"
+        if (folder / "metrics.csv").is_file():
+            (folder / "metrics.csv").replace(self._kept)
 
-    @property
-    def experiment(self) -> Any:
-        fresh = self._experiment is None
-        writer = super().experiment
-        if fresh and self._before:
-            writer.metrics = self._before
-            writer.save()
-            (Path(self.log_dir) / "metrics.before-resume.csv").unlink(missing_ok=True)
-        return writer
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if not self._kept.is_file():
+            super().log_metrics(metrics, step)
+            return
+        with self._kept.open(newline="") as file:  # rows after the checkpoint are about to be logged again
+            rows = [row for row in csv.DictReader(file) if step is None or int(row["step"]) < step]
+        self.experiment.metrics = rows
+        super().log_metrics(metrics, step)
+        self.save()
+        self._kept.unlink()
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._kept.is_file():  # nothing was logged: the run had ended before
+            self._kept.replace(self._kept.with_name("metrics.csv"))
 
 
 class Previews(pl.Callback):
@@ -148,7 +149,7 @@ class Previews(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx >= PREVIEWS or not trainer.is_global_zero:
+        if batch_idx >= PREVIEWS or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
         drawn = panel(image, batch["mask"][0].cpu().numpy(), outputs[0].cpu().numpy(), self.classes)

@@ -208,6 +208,11 @@ def training_config(source: str | os.PathLike[str], needed: bool) -> dict[str, A
     return config
 
 
+def model_name(source: str | os.PathLike[str], trained: Mapping[str, Any]) -> str:
+    """What to call a model in a report: its choice (b0) where it was trained here, else the last part of its source."""
+    return str(trained["choices"]["model"]) if trained else Path(source).name
+
+
 def _read_training_checkpoint(path: Path) -> tuple[Weights, dict[str, Any]]:
     checkpoint = load_checkpoint(path)
     prefix = "model."  # the attribute of the LightningModule that holds the network

@@ -6,9 +6,10 @@ Everything else is a bug of ours and keeps its traceback.
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -50,6 +51,17 @@ def explained() -> Iterator[None]:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def tidy(folder: str) -> Iterator[None]:
+    """A command that stops before it writes anything leaves no empty folder behind, nor its two empty parents."""
+    try:
+        yield
+    finally:
+        for empty in (Path(folder), *list(Path(folder).parents)[:2]):
+            with suppress(OSError):  # not empty, or gone already
+                empty.rmdir()
 
 
 def _sentence(error: Exception) -> str | None:

@@ -4,7 +4,9 @@ import json
 import math
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,21 @@ from segformer.metrics import Scores
 _HEADLINE = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "fwiou": "fwIoU", "mdice": "mDice"}
 
 
+def new_folder(parent: str, model: str, data: str) -> Path:
+    """Makes `parent/model_data/timestamp`, never one that exists."""
+    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for attempt in ("", *(f"_{number}" for number in range(2, 1000))):
+        folder = Path(parent, f"{model}_{data}", stamp + attempt)
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(folder)
+
+
 def write_report(
     folder: Path, scores: Scores, names: tuple[str, ...], images: int, protocol: Protocol, facts: Mapping[str, Any]
 ) -> Path:
-    """Writes `report.json` and `report.md` into a folder that must not hold a report yet; returns the json's path.
+    """Writes `report.json` and `report.md`, shows the latter and the json's path.
 
     Scores are fractions 0..1; a class that occurs nowhere has null scores and is left out of the means. facts: further
     plain values for the top level of the json (checkpoint, data, precision, ...).
@@ -43,13 +56,11 @@ def write_report(
         **facts,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "segformer": version("segformer")},
     }
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
-    if path.exists():
-        raise FileExistsError(f"{path} exists: reports are never overwritten")
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / "report.md", lambda file: file.write(_markdown(report).encode()))
+    page, text = _markdown(report), json.dumps(report, indent=2, allow_nan=False) + "\n"
+    write_atomically(path.with_suffix(".md"), lambda file: file.write(page.encode()))
     write_atomically(path, lambda file: file.write(text.encode()))
+    print(page, path, sep="\n")
     return path
 
 

@@ -4,8 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,16 @@ class LastCheckpoint(Checkpoint):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path.with_name("config.yaml"), lambda file: file.write(text.encode()))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        # between two batches Lightning's counters agree with each other; inside one they do not
-        due = trainer.global_step > 0 and trainer.global_step % self.interval == 0
-        if due and batch_idx % trainer.accumulate_grad_batches == 0:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # a resumed run would skip a validation that is due right after the checkpoint: that one is saved after it
+        validates = (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.global_step == trainer.max_steps
+        if trainer.global_step % self.interval == 0 and not validates:
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit":
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -67,24 +68,12 @@ class LastCheckpoint(Checkpoint):
             self.saved_at = trainer.global_step
 
 
-@contextmanager
-def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> Iterator[tuple[Path, dict[str, Any], Path | None]]:
-    """Yields the folder, the configuration and the checkpoint to go on from (None for a new run).
-
-    A command that stops before its first step, or goes on in an older folder, leaves no empty folder behind.
-    """
-    fresh = Path(config["run"])
-    try:
-        found = go_on(config["resume"], config, overrides) if config["resume"] else None
-        if found:
-            run, config = found
-            yield run, config, run / "last.ckpt"
-        else:
-            yield fresh, _with_absolute_paths(config), None
-    finally:
-        for folder in (fresh, *list(fresh.parents)[:2]):
-            with suppress(OSError):  # not empty, or gone already
-                folder.rmdir()
+def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, dict[str, Any], Path | None]:
+    """The folder, the configuration and the checkpoint to go on from (None for a new run)."""
+    if config["resume"] and (found := go_on(config["resume"], config, overrides)):
+        run, saved = found
+        return run, saved, run / "last.ckpt"
+    return Path(config["run"]), _with_absolute_paths(config), None
 
 
 def record(model: Pretrained, config: dict[str, Any]) -> dict[str, Any]:

@@ -66,9 +66,10 @@ class SegmentationData(pl.LightningDataModule):
             raise UserError(f"data.{split} holds no samples: check its patterns")
         return SegmentationDataset(source, self.classes, self.transform if split == "train" else None)
 
-    def prepare(self, *splits: str) -> None:
-        """Opens the splits now, so that a wrong path is told before the network is built."""
+    def opened(self, *splits: str) -> "SegmentationData":
+        """Itself, with these splits opened, so that a wrong path is told before the network is built."""
         self.datasets = {split: self.dataset(split) for split in splits}
+        return self
 
     def summary(self) -> str:
         """One line: how many samples of what."""

@@ -46,7 +46,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     scene.sky()
     scene.buildings()
     scene.ground()
-    near_to_far = [(rng.uniform(0.06, 1) ** 1.3, kind) for kind in _crowd(rng)]
+    near_to_far = [(rng.uniform(0.35, 1), kind) for kind in _crowd(rng)]
     for depth, kind in sorted(near_to_far):  # far things first: near ones cover them
         kind(scene, depth)
     scene.ignored()
@@ -54,7 +54,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _crowd(rng: np.random.Generator) -> list:
-    counts = {_Scene.tree: (1, 5), _Scene.car: (1, 5), _Scene.person: (2, 7), _Scene.sign: (1, 5)}
+    counts = {_Scene.tree: (1, 5), _Scene.car: (1, 5), _Scene.person: (2, 7), _Scene.sign: (2, 6)}
     return [kind for kind, (low, high) in counts.items() for _ in range(rng.integers(low, high))]
 
 
@@ -69,8 +69,8 @@ class _Scene:
         self.vanish = width * rng.uniform(0.3, 0.7)
         # half-widths of the road at the bottom edge, left and right of the vanishing point
         self.kerb = width * rng.uniform(0.35, 0.8, 2)
-        self.haze = rng.uniform(0, 0.45)
-        self.grain = self._noise(3) * 12  # one texture a scene, shared by all surfaces
+        self.haze = rng.uniform(0, 0.35)
+        self.grain = self._noise(3) * 8  # one texture a scene, shared by all surfaces
 
     # -- surfaces
 
@@ -95,24 +95,28 @@ class _Scene:
         color = self._vary(_pick(self.rng, _WALLS), 18)
         roof = self.horizon - tall
         box = self._box(left, roof, left + wide, self.horizon + 3)
-        self._paint(box, BUILDING, color, depth=0.25)
+        self._paint(box, BUILDING, color, depth=0.5)
         glass = self._vary((90, 105, 120) if self.rng.random() < 0.7 else (235, 215, 150), 20)
         step, side = int(self.rng.integers(7, 12)), int(self.rng.integers(3, 6))
         windows = np.zeros_like(box)
         for y in range(roof + 4, self.horizon - side, step):
             for x in range(left + 4, left + wide - side, step):
                 cv2.rectangle(windows, (x, y), (x + side - 1, y + side), 1, -1)
-        self._paint(windows & box, BUILDING, glass, depth=0.25)
+        self._paint(windows & box, BUILDING, glass, depth=0.5)
 
     def ground(self) -> None:
         ground = self._box(0, self.horizon, self.width, self.height)
-        paving = self._vary((150, 145, 138), 28)
+        paving = self._vary((158, 150, 140), 20)
         self._paint(ground, SIDEWALK, paving, depth=0.6)
         joints = np.zeros_like(ground)
         for depth in np.linspace(0.15, 1, 9) ** 2:
             cv2.line(joints, (0, self._y(depth)), (self.width, self._y(depth)), 1)
-        self._paint(joints & ground, SIDEWALK, paving * 0.82, depth=0.6)
-        asphalt = self._vary((92, 92, 96), 28)
+        for offset in np.arange(-3, 3, 0.16):
+            far, near = self._at(offset, 0.05), self._at(offset, 1)
+            cv2.line(joints, (int(far[0]), int(far[1])), (int(near[0]), int(near[1])), 1)
+        self._paint(joints & ground, SIDEWALK, paving * 0.75, depth=0.6)
+        self._paint(self._road(1.08), SIDEWALK, paving * 1.25, depth=0.6)  # the kerb
+        asphalt = self._vary((88, 88, 92), 20)
         self._paint(self._road(1.0), ROAD, asphalt, depth=0.6)
         for near in np.linspace(0.2, 1, 6):  # lane markings are road
             dash = self._poly([self._at(0.02, near), self._at(-0.02, near), self._at(-0.02, near * 0.86), self._at(0.02, near * 0.86)])
@@ -147,8 +151,8 @@ class _Scene:
         self._paint(self._disc(x + half * 0.9, y - size * 0.38, size * 0.07), CAR, lamp, depth, rough=0.2)
 
     def person(self, depth: float) -> None:
-        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.52)
-        wide, stride = size * 0.13, size * self.rng.uniform(0.02, 0.11)
+        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.66)
+        wide, stride = size * 0.15, size * self.rng.uniform(0.02, 0.11)
         shirt, trousers = self._vary(_pick(self.rng, _PAINTS), 22), self._vary(_pick(self.rng, _WALLS + _PAINTS), 22) * 0.7
         for foot in (-stride, stride):
             leg = self._poly([(x - wide * 0.6, y - size * 0.5), (x + wide * 0.6, y - size * 0.5),
@@ -161,10 +165,10 @@ class _Scene:
         self._paint(self._disc(x, y - size * 0.91, size * 0.085), PERSON, skin, depth)
 
     def sign(self, depth: float) -> None:
-        x, y, size = self._stand(depth, on_road=False, tall=0.72)
+        x, y, size = self._stand(depth, on_road=False, tall=0.8)
         plate, pole = self._vary(_pick(self.rng, _PLATES), 12), self._vary((120, 120, 122), 20)
-        self._paint(self._box(x - size * 0.025, y - size * 0.7, x + size * 0.025 + 1, y), SIGN, pole, depth)
-        radius, middle = size * 0.17, y - size * 0.8
+        self._paint(self._box(x - size * 0.035, y - size * 0.7, x + size * 0.035 + 1, y), SIGN, pole, depth)
+        radius, middle = size * 0.24, y - size * 0.8
         shape = self.rng.integers(3)
         face, inner = (self._plate(shape, x, middle, scale) for scale in (radius, radius * 0.6))
         self._paint(face, SIGN, plate, depth, rough=0.3)
@@ -194,7 +198,7 @@ class _Scene:
         if self.rng.random() < 0.5:
             image = cv2.GaussianBlur(image, (3, 3), self.rng.uniform(0.3, 0.9))
         noise = self.rng.standard_normal(image.shape, np.float32)
-        image += noise * np.float32(self.rng.uniform(2, 9))
+        image += noise * np.float32(self.rng.uniform(1, 6))
         return np.clip(image, 0, 255).astype(np.uint8)
 
     # -- helpers

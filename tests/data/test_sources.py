@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer.data.sources import Pairs, open_source
+from segformer.errors import UserError
+
+
+def test_pairs_are_matched_by_stem_whatever_the_extension(potholes) -> None:
+    pairs = Pairs(potholes, "images/train/*", "masks/train/*")
+    assert len(pairs) == 4 and pairs.name(0).endswith("road 0 ü.jpg")
+    image, mask = pairs[1]
+    assert image.shape == (61, 80, 3) and image.dtype == np.uint8 and mask.shape == (61, 80) and set(np.unique(mask)) == {0, 1}
+
+
+def test_pairs_are_matched_by_what_the_stars_stand_for(tmp_path) -> None:
+    for city, frame in (("ulm", "000_1"), ("ulm", "000_2"), ("bonn", "000_1")):
+        for kind, suffix, mode in (("leftImg8bit", "_leftImg8bit.png", "RGB"), ("gtFine", "_gtFine_labelIds.png", "L")):
+            folder = tmp_path / kind / "val" / city
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (8, 4)).save(folder / f"{city}_{frame}{suffix}")
+    pairs = Pairs(tmp_path, "leftImg8bit/val/*/*_leftImg8bit.png", "gtFine/val/*/*_gtFine_labelIds.png")
+    assert [pairs.files[index][1].name for index in range(3)] == [
+        "bonn_000_1_gtFine_labelIds.png", "ulm_000_1_gtFine_labelIds.png", "ulm_000_2_gtFine_labelIds.png"
+    ]  # fmt: skip
+
+
+def test_an_unpaired_file_is_named_with_what_was_expected(potholes) -> None:
+    (potholes / "masks/train/road 2 ü.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 files have no mask, first .*road 2 ü.jpg: expected .*masks/train/road 2 ü"):
+        Pairs(potholes, "images/train/*", "masks/train/*")
+    Image.new("L", (4, 4)).save(potholes / "masks/val/stray.png")
+    with pytest.raises(UserError, match=r"1 of 4 files have no image, first .*stray.png"):
+        Pairs(potholes, "images/val/*", "masks/val/*")
+
+
+def test_wrong_roots_and_patterns_are_told(potholes) -> None:
+    with pytest.raises(UserError, match="data.root is not set"):
+        open_source("train", {"images": "*", "masks": "*"}, None)
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        Pairs(potholes / "nowhere", "*", "*")
+    with pytest.raises(UserError, match=r"no images at .*pictures/\*"):
+        Pairs(potholes, "pictures/*", "masks/train/*")
+    with pytest.raises(UserError, match="different numbers of stars"):
+        Pairs(potholes, "images/*/*", "masks/train/*")
+    with pytest.raises(UserError, match="unknown key 'data.train.mask'"):
+        open_source("train", {"images": "*", "mask": "*"}, str(potholes))
+
+
+def test_two_images_of_one_stem_are_told(potholes) -> None:
+    Image.new("RGB", (80, 60)).save(potholes / "images/train/road 0 ü.png")
+    with pytest.raises(UserError, match="match the same sample"):
+        Pairs(potholes, "images/train/*", "masks/train/*")
+
+
+def test_an_image_and_mask_of_unequal_sizes_are_told(potholes) -> None:
+    Image.new("L", (10, 10)).save(potholes / "masks/train/road 0 ü.png")
+    with pytest.raises(UserError, match=r"road 0 ü.jpg is 80x60 but its mask .* is 10x10"):
+        Pairs(potholes, "images/train/*", "masks/train/*")[0]
+
+
+def test_hidden_files_are_no_samples(potholes) -> None:
+    (potholes / "images/train/.DS_Store").write_bytes(b"x")
+    assert len(Pairs(potholes, "images/train/*", "masks/train/*")) == 4

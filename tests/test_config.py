@@ -1,0 +1,51 @@
+import pytest
+
+from segformer.config import VARIANTS, SegformerConfig
+from segformer.errors import UserError
+
+
+def test_fields_and_defaults_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.SegformerConfig().to_dict(), SegformerConfig().to_dict()
+    assert ours["model_type"] == theirs["model_type"]
+    # reshape_last_stage: True in every usable checkpoint, and False breaks the decode head there too
+    for name in ours.keys() - {"model_type"}:
+        assert name in theirs, name
+        found = list(theirs[name]) if isinstance(theirs[name], tuple) else theirs[name]
+        assert ours[name] == found, name
+
+
+def test_unknown_keywords_are_kept_and_written_back() -> None:
+    config = SegformerConfig(output_hidden_states=True, favourite="road")
+    assert config.favourite == "road" and SegformerConfig.from_dict(config.to_dict()).output_hidden_states is True
+
+
+def test_classes_come_from_a_count_or_from_names() -> None:
+    assert SegformerConfig().num_labels == 2
+    assert SegformerConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    named = SegformerConfig(id2label={"0": "road", "1": "car"})  # json turns keys into strings
+    assert named.id2label == {0: "road", 1: "car"} and named.label2id == {"road": 0, "car": 1}
+    assert SegformerConfig.from_dict(named.to_dict(), num_labels=5).num_labels == 5
+
+
+def test_variants_are_the_published_sizes() -> None:
+    assert {name: sum(sizes["depths"]) for name, sizes in VARIANTS.items()} == {
+        "b0": 8, "b1": 8, "b2": 16, "b3": 28, "b4": 41, "b5": 52
+    }  # fmt: skip
+    assert SegformerConfig.from_variant("b2", num_labels=19).decoder_hidden_size == 768
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SegformerConfig.from_variant("b9"), "unknown variant 'b9'"),
+        (lambda: SegformerConfig(depths=[1, 2]), "depths is \\[1, 2\\], expected 4 values"),
+        (lambda: SegformerConfig(hidden_sizes=[32, 64, 161, 256]), "161 is not a multiple of its 5"),
+        (lambda: SegformerConfig(num_labels=2, id2label={0: "a"}), "num_labels is 2 but id2label names 1"),
+        (lambda: SegformerConfig(hidden_act="relu"), "hidden_act is 'relu'"),
+        (lambda: SegformerConfig.from_dict({"model_type": "beit"}), "describes a 'beit' model"),
+    ],
+)
+def test_impossible_configurations_are_told(make, message) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer.errors import UserError
+from segformer.labels import Classes, distinct_colors, read_mask
+
+
+def test_a_list_of_names_means_raw_value_is_the_index() -> None:
+    classes = Classes.from_config(["a", "b"])
+    raw = np.array([[0, 1, 255]], np.uint8)
+    assert classes.encode(raw, "x").tolist() == [[0, 1, 255]]
+    assert classes.names == ("a", "b")
+
+
+def test_raw_ids_merge_and_ignore() -> None:
+    classes = Classes.from_config({"road": {"ids": [7, 9], "color": [1, 2, 3]}, "car": {"ids": [300]}}, ignore=[0])
+    raw = np.array([[7, 9, 300, 0]], np.uint16)
+    assert classes.encode(raw, "x").tolist() == [[0, 0, 1, 255]]
+    assert classes.colors[0].tolist() == [1, 2, 3]
+
+
+def test_ignore_rest_takes_every_value_not_listed() -> None:
+    classes = Classes.from_config({"road": {"ids": [7]}}, ignore="rest")
+    assert classes.encode(np.arange(9, dtype=np.uint8)[None], "x").tolist() == [[255] * 7 + [0, 255]]
+
+
+def test_an_undeclared_value_names_file_values_and_fix() -> None:
+    with pytest.raises(UserError, match=r"mask a.png holds the value 2 \(50.0% of its pixels\).*data.ignore"):
+        Classes.from_config(["a", "b"]).encode(np.array([[0, 2]], np.uint8), "a.png")
+
+
+@pytest.mark.parametrize(
+    ("classes", "ignore", "message"),
+    [
+        ([], [255], "holds 0 names"),
+        (["a", "a"], [255], "different ones"),
+        ({"a": {"ids": [1]}, "b": {"ids": [1]}}, [255], "claimed by both 'a' and 'b'"),
+        ({"a": {"colour": [1, 2, 3]}}, [255], "key 'colour', expected color and ids"),
+        (["a"], 255, "data.ignore is 255, expected a list"),
+        (["a"], [70000], "expected a list of raw mask values"),
+    ],
+)
+def test_contradictory_contracts_are_told(classes, ignore, message) -> None:
+    with pytest.raises(UserError, match=message):
+        Classes.from_config(classes, ignore)
+
+
+def test_a_model_of_other_classes_is_refused() -> None:
+    classes = Classes.from_config(["a", "b"])
+    classes.require(["a", "b"], "model")
+    with pytest.raises(UserError, match="has 3 classes, the data 2"):
+        classes.require(["a", "b", "c"], "model")
+    with pytest.raises(UserError, match="class 1 is 'c' in model but 'b' in the data"):
+        classes.require(["a", "c"], "model")
+
+
+def test_palette_bilevel_and_wide_masks_are_read_as_ids(tmp_path) -> None:
+    ids = np.array([[0, 1], [2, 3]], np.uint8)
+    palette = Image.fromarray(ids, "P")
+    palette.putpalette([200, 0, 0] * 256)
+    palette.save(tmp_path / "p.png")
+    Image.fromarray(ids.astype(np.uint16) * 300).save(tmp_path / "wide.png")
+    Image.fromarray(ids > 1).save(tmp_path / "one.png")
+    assert read_mask(tmp_path / "p.png").tolist() == ids.tolist()
+    assert read_mask(tmp_path / "wide.png").tolist() == (ids * np.uint16(300)).tolist()
+    assert read_mask(tmp_path / "one.png").tolist() == [[0, 0], [1, 1]]
+
+
+def test_colour_truncated_and_missing_masks_are_told(tmp_path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
+    with pytest.raises(UserError, match="rgb.png is a RGB image, expected one channel"):
+        read_mask(tmp_path / "rgb.png")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
+    with pytest.raises(UserError, match="cannot read mask .*cut.png"):
+        read_mask(tmp_path / "cut.png")
+    with pytest.raises(UserError, match="cannot read mask"):
+        read_mask(tmp_path / "nowhere.png")
+
+
+def test_default_colours_are_distinct() -> None:
+    assert len(np.unique(distinct_colors(255), axis=0)) == 255

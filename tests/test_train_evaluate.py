@@ -1,0 +1,273 @@
+"""The two scripts as a user runs them: train, evaluate, break, resume."""
+
+import csv
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.loggers import CSVLogger
+
+from tests.conftest import ROOT
+
+train, evaluate = ROOT / "train.py", ROOT / "evaluate.py"
+SCENES = ["data.train.scenes=12", "data.val.scenes=5"]
+SHORT = ["data.crop_size=64", "data.batch_size=2", "data.workers=0",
+         "trainer.max_steps=8", "trainer.val_check_interval=3", "trainer.checkpoint_interval=2", "trainer.log_every_n_steps=1"]  # fmt: skip
+SMALL = [*SCENES, *SHORT]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`run(script, *arguments)` -> exit code, stdout, stderr, as the command line would give."""
+
+    def script(path: Path, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        GlobalHydra.instance().clear()
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return script
+
+
+def told(result: tuple[int, str, str]) -> str:
+    """The one sentence of a refused command."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def only_run(here: Path) -> Path:
+    (folder,) = here.glob("runs/*/*")
+    return folder
+
+
+def rows(folder: Path, column: str) -> dict[int, float]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
+
+
+def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
+    code, out, _ = run(train, *SMALL)
+    assert code == 0
+    folder = only_run(here)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "previews"}
+    scores = rows(folder, "val/miou")
+    assert list(scores) == [2, 5, 7]  # after 3, 6 and the last of 8 steps
+    assert sorted(rows(folder, "train/loss")) == list(range(8))
+    assert len(list((folder / "previews").iterdir())) == 3 * 4
+
+    last_line = out.strip().splitlines()[-1]
+    assert f"best val/miou {max(scores.values()):.4f}: " in last_line
+    command = last_line.partition(": ")[2].split()
+    assert Path(command[-2]).name == "evaluate.py"
+    code, out, _ = run(evaluate, command[-1])
+    assert code == 0
+    path = here / out.strip().splitlines()[-1]
+    report = json.loads(path.read_text())
+    assert report["miou"] == pytest.approx(max(scores.values()), abs=1e-6)
+    assert report["images"] == report["split_images"] == 5
+    assert report["protocol"] == {"size": None, "align": 1, "window": None, "stride": None}
+    assert {"miou", "macc", "aacc", "fwiou", "mdice", "per_class", "images", "protocol", "checkpoint", "versions"} <= report.keys()
+    assert [row["name"] for row in report["per_class"]][:2] == ["sky", "building"]
+    assert set(report["per_class"][0]) == {"name", "iou", "acc", "dice", "pixels"}
+    assert path.with_suffix(".md").read_text().startswith("# mIoU ")
+    assert path.parent.parent.name == "b0_toy" and path.parent.parent.parent.name == "reports"
+
+    # from another folder, with another protocol
+    elsewhere = here / "elsewhere"
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    checkpoint = os.path.relpath(folder / "best.ckpt")
+    code, out, _ = run(evaluate, f"checkpoint={checkpoint}")
+    again = json.loads(Path(out.strip().splitlines()[-1]).read_text())
+    assert again["miou"] == report["miou"] and again["per_class"] == report["per_class"]
+    code, out, _ = run(evaluate, f"checkpoint={checkpoint}", "protocol.window=96", "protocol.stride=64")
+    slid = json.loads(Path(out.strip().splitlines()[-1]).read_text())
+    assert slid["protocol"]["window"] == [96, 96] and slid["images"] == 5
+    assert "windows of 96 x 96 every 64 x 64" in Path(out.strip().splitlines()[-1]).with_suffix(".md").read_text()
+
+
+def test_a_users_own_dataset_is_three_lines_of_yaml(here, run, potholes) -> None:
+    (here / "my_configs" / "data").mkdir(parents=True)
+    (here / "my_configs" / "data" / "potholes.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [folder, _self_]\n"
+        f"data: {{root: {potholes.name}, classes: [background, pothole]}}\n"
+    )
+    code, out, err = run(train, "-cd", "my_configs", "data=potholes", "model.pretrained=null", *SHORT)
+    assert code == 0, err
+    folder = only_run(here)
+    assert folder.parent.name == "b0_potholes"
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["data"]["root"] == str(potholes)  # made absolute
+    code, out, _ = run(evaluate, f"checkpoint={folder / 'best.ckpt'}")  # no -cd: the checkpoint knows its data
+    assert code == 0 and json.loads(Path(out.strip().splitlines()[-1]).read_text())["images"] == 3
+
+
+def test_real_photographs_train(here, run, shared) -> None:
+    limits = ["trainer.limit_val_batches=2", "data.crop_size=96"]
+    code, _, err = run(train, "data=camvid", f"data.root={shared / 'camvid'}", *SHORT, *limits)
+    assert code == 0, err
+    assert rows(only_run(here), "val/miou")
+
+
+class Bomb(CSVLogger):
+    """A logger that brings the run down when it hears of the step it was given."""
+
+    def __init__(self, save_dir: str, step: int) -> None:
+        super().__init__(save_dir, name="bomb")
+        self.step = step
+
+    def log_metrics(self, metrics, step=None) -> None:
+        if step == self.step:
+            raise ConnectionError("power cut")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(("cut", "resumes_at"), [(4, 4), (5, 4), (6, 6)])
+def test_a_broken_run_goes_on_as_if_unbroken(here, run, cut, resumes_at) -> None:
+    code, _, _ = run(train, *SMALL)
+    unbroken = only_run(here).rename(here / "unbroken")
+    with pytest.raises(ConnectionError):
+        run(train, *SMALL, "+logger.bomb._target_=tests.test_train_evaluate.Bomb", f"+logger.bomb.step={cut}")
+    broken = only_run(here)
+    assert torch.load(broken / "last.ckpt", weights_only=True)["global_step"] == resumes_at
+    saved = yaml.safe_load((broken / "config.yaml").read_text())
+    saved["logger"] = {}
+    (broken / "config.yaml").write_text(yaml.safe_dump(saved))
+
+    code, out, err = run(train, f"resume={broken}")
+    assert code == 0, err
+    assert only_run(here) == broken  # no second folder
+    for column in ("train/loss", "lr", "val/miou"):
+        assert rows(broken, column) == rows(unbroken, column), column
+    expected = weights(unbroken / "last.ckpt")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(broken / "last.ckpt").items())
+    assert (broken / "best.ckpt").is_file()
+    best = [next(iter(torch.load(f / "last.ckpt", weights_only=True)["callbacks"].values())) for f in (broken, unbroken)]
+    assert best[0]["best_model_score"] == best[1]["best_model_score"]
+
+    # a finished run has nothing left to do and loses nothing
+    code, out, _ = run(train, "resume=auto")
+    assert code == 0 and "best val/miou" in out and rows(broken, "val/miou") == rows(unbroken, "val/miou")
+
+
+def test_resuming_with_another_recipe_is_refused_by_name(here, run) -> None:
+    run(train, *SMALL, "trainer.max_steps=2")
+    folder = only_run(here)
+    sentence = told(run(train, f"resume={folder}", "optim.lr=1"))
+    assert "cannot change optim.lr from 0.0015 to 1 when resuming" in sentence
+    assert "cannot change data from toy to folder" in told(
+        run(train, f"resume={folder}", "data=folder", "data.root=x", "data.classes=[a]")
+    )
+    assert "has no last.ckpt" in told(run(train, f"resume={here}"))
+    code, _, err = run(train, f"resume={folder / 'last.ckpt'}", "data.workers=1", "trainer.accelerator=cpu")
+    assert code == 0, err
+    assert only_run(here) == folder
+
+
+@pytest.mark.slow  # two whole processes that import everything: 30 s
+def test_a_killed_process_resumes(here) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "trainer.max_steps=60", "trainer.val_check_interval=20"]
+    process = subprocess.Popen(command, cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(here.glob("runs/*/*/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folder = only_run(here)
+    step = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 60
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "resume=auto"], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "best val/miou" in done.stdout.strip().splitlines()[-1]
+    assert sorted(rows(folder, "train/loss")) == list(range(60))
+
+
+BAD = {
+    "misspelt key": (["trainer.max_step=3"], "unknown key 'trainer.max_step' (did you mean 'max_steps'?)"),
+    "misspelt group": (["data=toyy"], "no config data=toyy (did you mean 'toy'?)"),
+    "missing root": (["data=camvid"], "'data.root' is not set: add data.root="),
+    "wrong root": (["data=camvid", "data.root=nowhere"], "nowhere is not a folder"),
+    "wrong batch": (["model.drop_path_rat=0"], "unknown key 'model.drop_path_rat'"),
+    "no such weights": (["model.pretrained=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+    "bad schedule": (["optim.loss_denominator=some"], "loss denominator is 'some'"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(here, run, what) -> None:
+    overrides, expected = BAD[what]
+    sentence = told(run(train, *overrides, *(SHORT if "data=camvid" in overrides else SMALL)))
+    assert expected in sentence
+    if what != "bad schedule":  # found at the first step, in a run folder that then says what was run
+        assert not list(here.iterdir())
+
+
+def test_bad_masks_and_lonely_files_are_one_sentence(here, run, potholes) -> None:
+    command = ["data=folder", f"data.root={potholes}", "model.pretrained=null", *SHORT]
+    assert "holds the value 1" in told(run(train, *command, "data.classes=[background]"))
+    (potholes / "masks/train/road 2 ü.png").unlink()
+    assert "1 of 4 files have no mask" in told(run(train, *command, "data.classes=[background,pothole]"))
+
+
+def test_evaluating_on_other_classes_is_refused(here, run, potholes) -> None:
+    run(train, *SMALL, "trainer.max_steps=2")
+    checkpoint = f"checkpoint={only_run(here) / 'best.ckpt'}"
+    other = ["data=folder", f"data.root={potholes}", "data.classes=[background,pothole]", "data.workers=0"]
+    assert "has 8 classes, the data 2" in told(run(evaluate, checkpoint, *other))
+    assert "no checkpoint file at nowhere.ckpt" in told(run(evaluate, "checkpoint=nowhere.ckpt"))
+    assert "'checkpoint' is not set" in told(run(evaluate))
+    assert not (here / "reports").exists()
+
+
+def test_a_folder_in_hugging_face_layout_is_scored_with_data(here, run) -> None:
+    from segformer.__main__ import main as tools
+
+    run(train, *SMALL, "trainer.max_steps=3")
+    best = only_run(here) / "best.ckpt"
+    tools(["convert", str(best), "model"])
+    toy = ["data=toy", "data.val.scenes=5", "data.workers=0"]
+    reports = [run(evaluate, f"checkpoint={source}", *toy)[1].strip().splitlines()[-1] for source in (best, "model")]
+    first, second = (json.loads(Path(path).read_text()) for path in reports)
+    assert first["miou"] == second["miou"]
+    with pytest.raises(SystemExit):
+        tools(["convert", str(best), "model"])  # never over an older one
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_by_name(here, run, logger) -> None:
+    code, _, err = run(train, *SMALL, "trainer.max_steps=2", f"logger={logger}")
+    assert code == 0, err
+    folder = only_run(here)
+    assert (folder / "metrics.csv").is_file() and (folder / logger).exists()
+
+
+def test_debug_runs_two_steps_and_writes_nothing(here, run) -> None:
+    code, out, _ = run(train, *SMALL, "trainer=debug")
+    assert code == 0 and "nothing was saved" in out and not list(here.iterdir())
