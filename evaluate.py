@@ -19,7 +19,7 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what `explai
 def main(settings: DictConfig) -> float:
     """Scores a checkpoint by its dataset's protocol, writes the report, returns the mIoU."""
     config: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
-    return evaluate(config, own_data=HydraConfig.get().runtime.choices.data)  # NAME of data=NAME, or None
+    return evaluate(config, own_data=HydraConfig.get().runtime.choices["data"])  # NAME of data=NAME, or None
 
 
 def evaluate(config: dict[str, Any], own_data: str | None) -> float:

@@ -19,7 +19,7 @@ _HOMES = {
     "Protocol": "segformer.inference",
     "segment": "segformer.inference",
 }
-__all__ = list(_HOMES)  # noqa: PLE0604 (the names are strings)
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 

@@ -103,7 +103,11 @@ class Progress(ProgressBar):
         if self.terminal:
             self.bar.set_postfix(self.shown)
             return
-        left = (trainer.max_steps - trainer.global_step) * (time.monotonic() - self.start) / max(trainer.global_step - self.first, 1)
+        left = (
+            (trainer.max_steps - trainer.global_step)
+            * (time.monotonic() - self.start)
+            / max(trainer.global_step - self.first, 1)
+        )
         words = "  ".join(f"{name} {value}" for name, value in self.shown.items())
         self.print(f"step {trainer.global_step} of {trainer.max_steps}  {words}  {left / 60:.1f} min left")
 
@@ -149,7 +153,8 @@ class Previews(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx >= PREVIEWS or not trainer.is_global_zero or trainer.fast_dev_run:
+        debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
+        if batch_idx >= PREVIEWS or not trainer.is_global_zero or debug:
             return
         image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
         drawn = panel(image, batch["mask"][0].cpu().numpy(), outputs[0].cpu().numpy(), self.classes)

@@ -129,7 +129,9 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     for kind, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
-            raise UserError(f"{source} {kind} {len(names)} tensor(s), first {names[0]!r}: not a checkpoint of this model")
+            raise UserError(
+                f"{source} {kind} {len(names)} tensor(s), first {names[0]!r}: not a checkpoint of this model"
+            )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             found, expected = tuple(tensor.shape), tuple(own[name].shape)
@@ -194,17 +196,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def training_config(source: str | os.PathLike[str], needed: bool) -> dict[str, Any]:
-    """The configuration a `.ckpt` was trained with; of any other source nothing, which is an error where it is needed."""
+    """The configuration a `.ckpt` was trained with; of any other source nothing, an error where it is needed."""
     if not Path(source).is_file():
         if needed:
             raise UserError(
-                f"no checkpoint file at {source}: give the path of a best.ckpt or last.ckpt, or add data=NAME to score a "
-                "folder or hub id"
+                f"no checkpoint file at {source}: give the path of a best.ckpt or last.ckpt, or add data=NAME to "
+                "score a folder or hub id"
             )
         return {}
     config: dict[str, Any] = load_checkpoint(Path(source))["hyper_parameters"]["config"]
     if needed and any("_target_" in config["data"][split] for split in ("train", "val")):
-        raise UserError(f"{source} was trained on a source class of your own, which a checkpoint may not start: add data=NAME")
+        raise UserError(
+            f"{source} was trained on a source class of your own, which a checkpoint may not start: add data=NAME"
+        )
     return config
 
 
@@ -226,7 +230,7 @@ def _read_tensors(path: Path) -> Weights:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and torch raise types of their own for each kind of damage
         raise UserError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from error
 

@@ -85,7 +85,9 @@ class SegformerConfig:
     def from_variant(cls, variant: str, **overrides: Any) -> "SegformerConfig":
         """The configuration of `variant` ("b0" to "b5"), with any field overridden."""
         if variant not in VARIANTS:
-            raise UserError(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}: choose from {', '.join(VARIANTS)}")
+            raise UserError(
+                f"unknown variant {variant!r}{nearest(variant, VARIANTS)}: choose from {', '.join(VARIANTS)}"
+            )
         return cls(**{**VARIANTS[variant], **overrides})
 
     @property
@@ -109,11 +111,21 @@ class SegformerConfig:
 
     def _validate(self) -> None:
         stages = self.num_encoder_blocks
-        for name in ("depths", "sr_ratios", "hidden_sizes", "patch_sizes", "strides", "num_attention_heads", "mlp_ratios"):
+        for name in (
+            "depths",
+            "sr_ratios",
+            "hidden_sizes",
+            "patch_sizes",
+            "strides",
+            "num_attention_heads",
+            "mlp_ratios",
+        ):
             if len(getattr(self, name)) != stages:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {stages} values, one for each stage")
         for width, heads in zip(self.hidden_sizes, self.num_attention_heads, strict=True):
             if width % heads:
                 raise UserError(f"hidden size {width} is not a multiple of its {heads} attention heads")
         if self.hidden_act != "gelu":
-            raise UserError(f"hidden_act is {self.hidden_act!r}, expected 'gelu', the only one SegFormer was trained with")
+            raise UserError(
+                f"hidden_act is {self.hidden_act!r}, expected 'gelu', the only one SegFormer was trained with"
+            )

@@ -64,7 +64,7 @@ def tidy(folder: str) -> Iterator[None]:
                 empty.rmdir()
 
 
-def _sentence(error: Exception) -> str | None:
+def _sentence(error: Exception) -> str | None:  # noqa: PLR0911 (one return a kind of error)
     if isinstance(error, UserError):
         # a DataLoader worker sends its traceback along inside the message: the sentence is its last line
         return str(error).rpartition("UserError: ")[2].strip()

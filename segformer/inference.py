@@ -1,4 +1,4 @@
-"""The one door for inference: validation, evaluation, prediction and export all take their label maps from `segment`."""
+"""The one door for inference: validation, evaluation, prediction and export take their label maps from `segment`."""
 
 import math
 from collections.abc import Sequence
@@ -45,7 +45,9 @@ class Protocol:
         if stride and not window:
             raise UserError(f"protocol.stride is {self.stride} without a window: add protocol.window")
         if window and stride and (stride[0] > window[0] or stride[1] > window[1]):
-            raise UserError(f"protocol.stride {self.stride} is larger than protocol.window {self.window}: pixels would be missed")
+            raise UserError(
+                f"protocol.stride {self.stride} is larger than protocol.window {self.window}: pixels would be missed"
+            )
         object.__setattr__(self, "size", (max(size), min(size)) if size else None)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "stride", stride or window)
@@ -64,7 +66,7 @@ class Protocol:
         return steps
 
 
-def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -> Tensor:  # noqa: B008 (frozen)
+def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -> Tensor:
     """Label maps of a batch of images at the images' own size.
 
     model: maps normalised (B, 3, h, w) to an output whose `.logits` are (B, K, h/4, w/4); run in eval mode.
@@ -114,19 +116,17 @@ def _logits(model: nn.Module, pixels: Tensor, protocol: Protocol) -> Tensor:
     assert protocol.stride is not None
     tops = _offsets(height, protocol.window[0], protocol.stride[0])
     lefts = _offsets(width, protocol.window[1], protocol.stride[1])
-    total = count = None
+    total, count = pixels.new_zeros(()), pixels.new_zeros(height, width)
     for top in tops:
         for left in lefts:
             at = (..., slice(top, top + protocol.window[0]), slice(left, left + protocol.window[1]))
             view = pixels[at]
             logits = model(view).logits.float()
             logits = torch.nn.functional.interpolate(logits, size=view.shape[-2:], mode="bilinear", align_corners=False)
-            if total is None:
+            if not total.ndim:  # the number of classes is known now
                 total = logits.new_zeros(*logits.shape[:2], height, width)
-                count = logits.new_zeros(height, width)
             total[at] += logits
             count[at] += 1
-    assert total is not None
     return total.div_(count)
 
 
@@ -134,4 +134,3 @@ def _offsets(length: int, window: int, stride: int) -> list[int]:
     """Window starts that cover `length`; the last window ends at the border."""
     steps = max(0, math.ceil((length - window) / stride))
     return [max(0, min(step * stride, length - window)) for step in range(steps + 1)]
-

@@ -29,12 +29,14 @@ class Classes:
     lookup: np.ndarray
 
     @classmethod
-    def from_config(cls, classes: Sequence[str] | Mapping[str, Any], ignore: Sequence[int] | str = (IGNORE,)) -> "Classes":
+    def from_config(
+        cls, classes: Sequence[str] | Mapping[str, Any], ignore: Sequence[int] | str = (IGNORE,)
+    ) -> "Classes":
         """`classes` is a list of names (raw value = index) or {name: {color: [r, g, b], ids: [raw, ...]}}.
 
         `ignore` lists the raw values that count as "no label", or is "rest": every value not listed.
         """
-        table = classes if isinstance(classes, Mapping) else {name: None for name in classes}
+        table = classes if isinstance(classes, Mapping) else dict.fromkeys(classes)
         if not 1 <= len(table) <= MAX_CLASSES or len(table) != len(classes):
             raise UserError(f"data.classes holds {len(classes)} names, expected 1 to {MAX_CLASSES} different ones")
         palette = distinct_colors(len(table))
@@ -42,13 +44,15 @@ class Classes:
         if ignore != "rest":
             lookup[_raw_ids("data.ignore", ignore)] = IGNORE
         taken: dict[int, str] = {}
-        for index, (name, entry) in enumerate(table.items()):
-            entry = entry or {}
+        for index, (name, value) in enumerate(table.items()):
+            entry = value or {}
             if unknown := set(entry) - {"color", "ids"}:
                 raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected color and ids")
             for raw in _raw_ids(f"data.classes.{name}.ids", entry.get("ids", [index])):
                 if raw in taken:
-                    raise UserError(f"raw mask value {raw} is claimed by both {taken[raw]!r} and {name!r} in data.classes")
+                    raise UserError(
+                        f"raw mask value {raw} is claimed by both {taken[raw]!r} and {name!r} in data.classes"
+                    )
                 taken[raw] = str(name)
                 lookup[raw] = index
             palette[index] = entry.get("color", palette[index])
@@ -61,10 +65,14 @@ class Classes:
         """Raises UserError unless `source` was trained on these very classes, in this order."""
         found = tuple(names)
         if len(found) != len(self):
-            raise UserError(f"{source} has {len(found)} classes, the data {len(self)}: give the dataset it was trained on")
+            raise UserError(
+                f"{source} has {len(found)} classes, the data {len(self)}: give the dataset it was trained on"
+            )
         for index, (theirs, ours) in enumerate(zip(found, self.names, strict=True)):
             if theirs != ours:
-                raise UserError(f"class {index} is {theirs!r} in {source} but {ours!r} in the data: give the same classes")
+                raise UserError(
+                    f"class {index} is {theirs!r} in {source} but {ours!r} in the data: give the same classes"
+                )
 
     def encode(self, raw: np.ndarray, where: str) -> np.ndarray:
         """(H, W) raw ids -> (H, W) uint8 train ids with 255 = ignore; `where` names the file in the error.
@@ -75,10 +83,11 @@ class Classes:
         mask = self.lookup[raw]
         if (mask == _UNDECLARED).any():
             values = np.unique(raw[mask == _UNDECLARED])
+            listed = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
             raise UserError(
-                f"mask {where} holds the value{'s' if len(values) > 1 else ''} {', '.join(map(str, values[:5]))}"
-                f"{', ...' if len(values) > 5 else ''} ({(mask == _UNDECLARED).mean():.1%} of its pixels), which none of the "
-                f"{len(self)} classes declares: list it under data.classes or in data.ignore"
+                f"mask {where} holds the value{'s' if len(values) > 1 else ''} {listed} "
+                f"({(mask == _UNDECLARED).mean():.1%} of its pixels), which none of the {len(self)} classes declares: "
+                "list it under data.classes or in data.ignore"
             )
         return mask.astype(np.uint8)
 
@@ -103,7 +112,9 @@ def read_mask(path: Path) -> np.ndarray:
         raise UserError(f"cannot read mask {path}: {error}; replace or remove the file") from error
     if raw.dtype == np.int32:  # Pillow widens some 16-bit files
         if raw.min() < 0 or raw.max() >= _RAW_VALUES:
-            raise UserError(f"mask {path} holds values from {raw.min()} to {raw.max()}, expected 0 to {_RAW_VALUES - 1}")
+            raise UserError(
+                f"mask {path} holds values from {raw.min()} to {raw.max()}, expected 0 to {_RAW_VALUES - 1}"
+            )
         return raw.astype(np.uint16)
     return raw.astype(np.uint8) if raw.dtype == bool else raw
 

@@ -35,7 +35,7 @@ def pixel_cross_entropy(
         raise UserError(f"loss denominator is {denominator!r}, expected 'valid' or 'all'")
     if labels.ndim != 3 or len(labels) != len(logits):
         raise UserError(f"labels have shape {tuple(labels.shape)}, expected (batch {len(logits)}, height, width)")
-    return _PixelCrossEntropy.apply(logits, labels, ignore_index, denominator)  # type: ignore[no-any-return]
+    return _PixelCrossEntropy.apply(logits, labels, ignore_index, denominator)
 
 
 class _PixelCrossEntropy(torch.autograd.Function):

@@ -29,9 +29,9 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
 class Scores:
     """Scores of one dataset, fractions 0..1; NaN where a class (or every class) is absent.
 
-    miou: mean IoU over classes that occur in labels or predictions. macc: mean recall over classes that occur in
-    labels. aacc: share of right pixels. fwiou: IoU weighted by label frequency. mdice: mean of 2I / (label + prediction)
-    over the classes of miou. iou, acc, dice: (K,) float64. pixels: (K,) int64 label pixels.
+    miou: mean IoU over the classes that occur in labels or predictions. macc: mean recall over those that occur in
+    labels. aacc: share of right pixels. fwiou: IoU weighted by label frequency. mdice: mean of 2I / (label +
+    prediction) over the classes of miou. iou, acc, dice: (K,) float64. pixels: (K,) int64 label pixels.
 
     Source: mmsegmentation's IoUMetric, whose nanmean leaves absent classes out.
     """

@@ -187,7 +187,7 @@ class SegformerModel(Pretrained):
             Stage(config, stage, rates[start : start + config.depths[stage]]) for stage, start in enumerate(starts)
         )
         self.apply(_init_encoder)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the tokens lie: no reordering
+        self.to(memory_format=torch.channels_last)  # as the tokens lie: no reordering
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
@@ -204,7 +204,9 @@ class SegformerModel(Pretrained):
         smallest = (self.config.sr_ratios[0] - 1) * self.config.strides[0] + 1
         if min(pixel_values.shape[-2:]) < smallest:
             found = " x ".join(map(str, pixel_values.shape[-2:]))
-            raise UserError(f"image is {found} pixels, expected sides of at least {smallest}: resize it before the model")
+            raise UserError(
+                f"image is {found} pixels, expected sides of at least {smallest}: resize it before the model"
+            )
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         maps = []
         for stage in self.stages:
@@ -242,13 +244,13 @@ class SegformerDecodeHead(nn.Module):
 
     def _fuse_merged(self, maps: Sequence[Tensor]) -> Tensor:
         slices = self.linear_fuse.weight[:, :, 0, 0].chunk(len(maps), dim=1)  # (D, D) each, deepest stage first
-        fused = None
+        projected = []
         for projection, slice_, x in zip(self.linear_projections, reversed(slices), maps, strict=True):
+            assert isinstance(projection, nn.Linear)
             with torch.autocast(x.device.type, enabled=False):  # a product of weights: no rounding to half precision
                 weight, bias = slice_ @ projection.weight, slice_ @ projection.bias  # (D, C), (D)
-            projected = _resize(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), maps[0])
-            fused = projected if fused is None else fused + projected
-        return fused
+            projected.append(_resize(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), maps[0]))
+        return sum(projected[1:], start=projected[0])
 
     def _fuse_literal(self, maps: Sequence[Tensor]) -> Tensor:
         projected = [
@@ -317,10 +319,12 @@ def _resolve(value: bool | None, config: SegformerConfig, name: str, default: bo
 
 def _init_encoder(module: nn.Module) -> None:
     """NVlabs' initialisation; Hugging Face's normal(0, 0.02) everywhere is clearly worse from scratch."""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return
+    assert module.bias is not None
+    nn.init.zeros_(module.bias)
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
+    else:
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)

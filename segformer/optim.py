@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, head_lr_multiplier: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, head_lr_multiplier: float
+) -> list[dict[str, Any]]:
     """Three AdamW groups; every parameter is in exactly one.
 
     The decode head learns `head_lr_multiplier` times faster and all of it is decayed, its BatchNorm included; the
@@ -61,6 +63,6 @@ def adamw(
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """The recipe's optimiser and its schedule, counted in optimiser steps."""
     groups = parameter_groups(model, lr, weight_decay, head_lr_multiplier)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
     factor = warmup_poly(max_steps, warmup_steps, warmup_ratio, power)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -54,7 +54,11 @@ def write_report(
         "images": images,
         "protocol": asdict(protocol),
         **facts,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "segformer": version("segformer")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "segformer": version("segformer"),
+        },
     }
     path = folder / "report.json"
     page, text = _markdown(report), json.dumps(report, indent=2, allow_nan=False) + "\n"
@@ -66,7 +70,11 @@ def write_report(
 
 def describe(protocol: Protocol) -> str:
     """One line: how the label maps were made."""
-    parts = ["images at their own size" if protocol.size is None else f"images kept within {protocol.size[0]} x {protocol.size[1]}"]
+    parts = [
+        "images at their own size"
+        if protocol.size is None
+        else f"images kept within {protocol.size[0]} x {protocol.size[1]}"
+    ]
     if protocol.align > 1:
         parts.append(f"sides aligned to {protocol.align}")
     if protocol.window is None:
@@ -78,8 +86,13 @@ def describe(protocol: Protocol) -> str:
 
 
 def _markdown(report: Mapping[str, Any]) -> str:
-    rows = [f"| {row['name']} | {_percent(row['iou'])} | {_percent(row['acc'])} | {_percent(row['dice'])} | {row['pixels']:,} |"
-            for row in report["per_class"]]  # fmt: skip
+    rows = [
+        "| "
+        + " | ".join(
+            [_cell(row["name"]), *map(_percent, (row["iou"], row["acc"], row["dice"])), f"{row['pixels']:,} |"]
+        )
+        for row in report["per_class"]
+    ]
     settings = report["protocol"]
     lines = [
         f"# mIoU {_percent(report['miou'])} on {report.get('data', 'the data')}",
@@ -93,7 +106,7 @@ def _markdown(report: Mapping[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
         *rows,
         "",
-        "Percent; pixels summed over all images, then divided; a class that occurs nowhere (-) is left out of the means.",
+        "Percent; pixels summed over all images, then divided; a class that occurs nowhere (-) is not in the means.",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".",
         "",
     ]
@@ -106,6 +119,11 @@ def _number(value: float) -> float | None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _cell(text: str) -> str:
+    """Text inside a Markdown table: no bar ends the cell, no markup starts."""
+    return "".join(f"\\{sign}" if sign in r"\`*_{}[]<>#|~" else sign for sign in " ".join(text.split()))
 
 
 def _sides(pair: tuple[int, int]) -> str:

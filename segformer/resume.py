@@ -18,7 +18,14 @@ from segformer.checkpoints import Pretrained, write_atomically
 from segformer.errors import UserError
 
 # what may differ when a run goes on: where it computes, never what it computes
-_MAY_CHANGE = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "data.workers", "logger")
+_MAY_CHANGE = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.accelerator",
+    "data.workers",
+    "logger",
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,7 +40,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def best_checkpoint(run: Path) -> ModelCheckpoint:
     """Keeps `best.ckpt`, the checkpoint of the highest val/miou."""
     return ModelCheckpoint(
-        run, filename="best", monitor="val/miou", mode="max", auto_insert_metric_name=False, enable_version_counter=False
+        run,
+        filename="best",
+        monitor="val/miou",
+        mode="max",
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
     )
 
 
@@ -45,7 +57,8 @@ class LastCheckpoint(Checkpoint):
         self.path, self.interval, self.config, self.saved_at = run / "last.ckpt", interval, config, -1
 
     def on_fit_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        self.debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
+        if trainer.is_global_zero and not self.debug:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path.with_name("config.yaml"), lambda file: file.write(text.encode()))
@@ -54,7 +67,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # a resumed run would skip a validation that is due right after the checkpoint: that one is saved after it
-        validates = (batch_idx + 1) % trainer.val_check_batch == 0 or trainer.global_step == trainer.max_steps
+        validates = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0 or trainer.global_step == trainer.max_steps
         if trainer.global_step % self.interval == 0 and not validates:
             self._save(trainer)
 
@@ -63,7 +76,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step != self.saved_at and not trainer.fast_dev_run:
+        if trainer.global_step != self.saved_at and not self.debug:
             trainer.save_checkpoint(self.path)
             self.saved_at = trainer.global_step
 
@@ -114,7 +127,9 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
     run = run.absolute()
     for name in ("last.ckpt", "config.yaml"):
         if not (run / name).is_file():
-            raise UserError(f"cannot resume {run}: it has no {name}, expected the folder of a run that reached a checkpoint")
+            raise UserError(
+                f"cannot resume {run}: it has no {name}, expected the folder of a run that reached a checkpoint"
+            )
     saved = yaml.safe_load((run / "config.yaml").read_text())
     for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
         allowed = any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)

@@ -78,7 +78,7 @@ class SegmentationTask(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Lightning validates every interval and, once told to stop, after the step at hand: the last one is never missed
+        # Lightning validates every interval and, once told to stop, after the step at hand: never missing the last
         if self.global_step == self.max_steps:
             self.trainer.should_stop = True
 

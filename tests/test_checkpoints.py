@@ -6,7 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from segformer.checkpoints import RENAMES, from_disk, load_checkpoint, start_from, to_disk, training_config, write_atomically
+from segformer.checkpoints import (
+    RENAMES,
+    from_disk,
+    load_checkpoint,
+    start_from,
+    to_disk,
+    training_config,
+    write_atomically,
+)
 from segformer.config import SegformerConfig
 from segformer.errors import UserError
 from segformer.model import SegformerForSemanticSegmentation
@@ -57,7 +65,9 @@ def test_missing_left_over_and_misshapen_tensors_are_refused(tiny, tmp_path) -> 
     refused({name: tensor for name, tensor in weights.items() if name != fuse}, f"lacks 1 tensor.*{fuse}")
     refused({**weights, "extra.weight": torch.zeros(1)}, "unknown 1 tensor.*extra.weight")
     refused({**weights, fuse: torch.zeros(2, 8, 1, 1)}, "has shape .*another variant")
-    refused({name: t for name, t in weights.items() if not name.endswith("self.value.bias")}, "without its value projection")
+    refused(
+        {name: t for name, t in weights.items() if not name.endswith("self.value.bias")}, "without its value projection"
+    )
     path.write_bytes(b"\x08")
     with pytest.raises(UserError, match="cannot read weights"):
         SegformerForSemanticSegmentation.from_pretrained(tmp_path)

@@ -60,7 +60,10 @@ def test_the_defaults_are_the_papers() -> None:
 
 
 def test_the_command_line_beats_the_dataset_and_the_dataset_the_defaults() -> None:
-    assert composed()["trainer"]["max_steps"] == yaml.safe_load((CONFIGS / "data/toy.yaml").read_text())["trainer"]["max_steps"]
+    assert (
+        composed()["trainer"]["max_steps"]
+        == yaml.safe_load((CONFIGS / "data/toy.yaml").read_text())["trainer"]["max_steps"]
+    )
     assert composed("trainer.max_steps=7")["trainer"]["max_steps"] == 7
     assert composed("trainer=debug")["trainer"]["fast_dev_run"] == 2
 

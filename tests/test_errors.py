@@ -13,7 +13,9 @@ def target(needed: int, optional: int = 1) -> int:
 
 def test_a_signature_is_the_schema_of_its_section() -> None:
     assert build("data", target, {"needed": 1}, optional=5) == 6
-    with pytest.raises(UserError, match=r"unknown key 'data.neded' \(did you mean 'needed'\?\): data takes needed, optional"):
+    with pytest.raises(
+        UserError, match=r"unknown key 'data.neded' \(did you mean 'needed'\?\): data takes needed, optional"
+    ):
         build("data", target, {"neded": 1})
     with pytest.raises(UserError, match="'data.needed' is not set"):
         build("data", target, {})
@@ -57,7 +59,9 @@ def test_a_mismatched_torchvision_is_told(capsys) -> None:
 def test_help_is_answered_without_torch(command) -> None:
     watched = "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
     if command[0] == "-m":
-        watched += "sys.argv = ['segformer', '--help']; run = lambda: runpy.run_module('segformer', run_name='__main__')\n"
+        watched += (
+            "sys.argv = ['segformer', '--help']; run = lambda: runpy.run_module('segformer', run_name='__main__')\n"
+        )
     else:
         watched += "run = lambda: runpy.run_path(sys.argv[0], run_name='__main__')\n"
     watched += "try: run()\nexcept SystemExit: pass\nprint('TORCH', 'torch' in sys.modules)"

@@ -54,7 +54,9 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
 def test_no_full_resolution_tensor_is_kept_for_backward() -> None:
     saved = []
     logits = torch.randn(2, 19, 32, 32, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         pixel_cross_entropy(logits, torch.randint(0, 19, (2, 128, 128)))
     assert saved == [logits.numel()]
 

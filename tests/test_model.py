@@ -31,7 +31,9 @@ def parameters(model: torch.nn.Module) -> int:
 def test_parameter_counts_are_the_published_ones(variant: str) -> None:
     encoder, ade, cityscapes, tensors = SIZES[variant]
     with torch.device("meta"):
-        models = [SegformerForSemanticSegmentation(SegformerConfig.from_variant(variant, num_labels=k)) for k in (150, 19)]
+        models = [
+            SegformerForSemanticSegmentation(SegformerConfig.from_variant(variant, num_labels=k)) for k in (150, 19)
+        ]
     assert parameters(models[0].segformer) == encoder
     assert [parameters(model) for model in models] == [ade, cityscapes]
     split = sum(2 if ".kv_proj." in name else 1 for name in models[0].state_dict())
@@ -39,10 +41,14 @@ def test_parameter_counts_are_the_published_ones(variant: str) -> None:
 
 
 @pytest.fixture(params=[7, 2])
-def peers(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, SegformerForSemanticSegmentation, Path]:
+def peers(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> tuple[torch.nn.Module, SegformerForSemanticSegmentation, Path]:
     """transformers' network with random weights, and ours read from the folder it saved; both float64, eval."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**TINY, num_labels=request.param))
+    theirs = transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(**TINY, num_labels=request.param)
+    )
     for tensor in theirs.state_dict().values():
         if tensor.is_floating_point():
             tensor.normal_(0, 0.2)
@@ -147,7 +153,9 @@ def test_drop_path_ramps_linearly_over_all_blocks(tiny) -> None:
 def test_channel_dropout_drops_whole_channels() -> None:
     model = SegformerForSemanticSegmentation(SegformerConfig(**TINY, classifier_dropout_kind="channel"))
     assert isinstance(model.decode_head.dropout, torch.nn.Dropout2d)
-    assert not isinstance(SegformerForSemanticSegmentation(SegformerConfig(**TINY)).decode_head.dropout, torch.nn.Dropout2d)
+    assert not isinstance(
+        SegformerForSemanticSegmentation(SegformerConfig(**TINY)).decode_head.dropout, torch.nn.Dropout2d
+    )
 
 
 def test_initialisation_follows_the_original() -> None:

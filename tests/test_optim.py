@@ -3,7 +3,14 @@ import torch
 
 from segformer.optim import adamw, parameter_groups, warmup_poly
 
-RECIPE = dict(lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01, head_lr_multiplier=10, warmup_ratio=1e-6, power=1.0)
+RECIPE = {
+    "lr": 6e-5,
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.01,
+    "head_lr_multiplier": 10,
+    "warmup_ratio": 1e-6,
+    "power": 1.0,
+}
 
 
 def test_every_parameter_is_in_exactly_one_group(tiny) -> None:
@@ -14,7 +21,9 @@ def test_every_parameter_is_in_exactly_one_group(tiny) -> None:
 
 def test_groups_follow_the_published_name_rules(tiny) -> None:
     """The original matches substrings of its own names: head first, then norm; restated on ours."""
-    groups = {id(p): g for g in parameter_groups(tiny, lr=1.0, weight_decay=0.01, head_lr_multiplier=10) for p in g["params"]}
+    groups = {
+        id(p): g for g in parameter_groups(tiny, lr=1.0, weight_decay=0.01, head_lr_multiplier=10) for p in g["params"]
+    }
     for name, parameter in tiny.named_parameters():
         group = groups[id(parameter)]
         head = "head" in name

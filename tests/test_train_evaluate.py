@@ -20,8 +20,10 @@ from tests.conftest import ROOT
 
 train, evaluate = ROOT / "train.py", ROOT / "evaluate.py"
 SCENES = ["data.train.scenes=12", "data.val.scenes=5"]
-SHORT = ["data.crop_size=64", "data.batch_size=2", "data.workers=0",
-         "trainer.max_steps=8", "trainer.val_check_interval=3", "trainer.checkpoint_interval=2", "trainer.log_every_n_steps=1"]  # fmt: skip
+SHORT = [
+    *("data.crop_size=64", "data.batch_size=2", "data.workers=0", "trainer.max_steps=8"),
+    *("trainer.val_check_interval=3", "trainer.checkpoint_interval=2", "trainer.log_every_n_steps=1"),
+]
 SMALL = [*SCENES, *SHORT]
 
 
@@ -89,7 +91,18 @@ def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
     assert report["miou"] == pytest.approx(max(scores.values()), abs=1e-6)
     assert report["images"] == report["split_images"] == 5
     assert report["protocol"] == {"size": None, "align": 1, "window": None, "stride": None}
-    assert {"miou", "macc", "aacc", "fwiou", "mdice", "per_class", "images", "protocol", "checkpoint", "versions"} <= report.keys()
+    assert {
+        "miou",
+        "macc",
+        "aacc",
+        "fwiou",
+        "mdice",
+        "per_class",
+        "images",
+        "protocol",
+        "checkpoint",
+        "versions",
+    } <= report.keys()
     assert [row["name"] for row in report["per_class"]][:2] == ["sky", "building"]
     assert set(report["per_class"][0]) == {"name", "iou", "acc", "dice", "pixels"}
     assert path.with_suffix(".md").read_text().startswith("# mIoU ")
@@ -169,7 +182,9 @@ def test_a_broken_run_goes_on_as_if_unbroken(here, run, cut, resumes_at) -> None
     expected = weights(unbroken / "last.ckpt")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(broken / "last.ckpt").items())
     assert (broken / "best.ckpt").is_file()
-    best = [next(iter(torch.load(f / "last.ckpt", weights_only=True)["callbacks"].values())) for f in (broken, unbroken)]
+    best = [
+        next(iter(torch.load(f / "last.ckpt", weights_only=True)["callbacks"].values())) for f in (broken, unbroken)
+    ]
     assert best[0]["best_model_score"] == best[1]["best_model_score"]
 
     # a finished run has nothing left to do and loses nothing
@@ -203,7 +218,9 @@ def test_a_killed_process_resumes(here) -> None:
     folder = only_run(here)
     step = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
     assert 0 < step < 60
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "resume=auto"], cwd=here, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(train), "resume=auto"], cwd=here, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "best val/miou" in done.stdout.strip().splitlines()[-1]
     assert sorted(rows(folder, "train/loss")) == list(range(60))

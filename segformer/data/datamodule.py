@@ -23,8 +23,8 @@ WORKER_TIMEOUT = 300  # seconds without a batch before a hung worker becomes an 
 class SegmentationData(pl.LightningDataModule):
     """Training and validation data of one dataset.
 
-    root: folder below which `train` and `val` look; they are {images, masks} globs, {scenes, seed} of the toy dataset
-    or source objects. classes, ignore: the label contract (`labels.Classes`). batch_size: samples per optimiser step over
+    root: folder below which `train` and `val` look: {images, masks} globs, {scenes, seed} of the toy dataset or
+    source objects. classes, ignore: the label contract (`labels.Classes`). batch_size: samples per optimiser step over
     all devices. crop_size: int or [height, width]. base_size: [long, short] that the scale multiplies, None = the
     image's own. protocol: `inference.Protocol`. workers: processes that load training data, "auto" = one a core, at
     most 8. seed: of order and augmentation.
@@ -76,7 +76,7 @@ class SegmentationData(pl.LightningDataModule):
         sizes = ", ".join(f"{len(dataset)} {split} images" for split, dataset in self.datasets.items())
         return f"{sizes}, {len(self.classes)} classes, {self.workers} workers"
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
         dataset = self.datasets["train"]
@@ -91,7 +91,7 @@ class SegmentationData(pl.LightningDataModule):
         )
         return DataLoader(dataset, batch_sampler=batches, pin_memory=_on_cuda(trainer), **self._worker_options())
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
         dataset = self.datasets["val"]
@@ -120,7 +120,9 @@ def _on_cuda(trainer: pl.Trainer) -> bool:
 
 def _workers(workers: int | str) -> int:
     if workers == "auto":
-        return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_AUTO_WORKERS)
+        return min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_AUTO_WORKERS
+        )
     if not isinstance(workers, int) or workers < 0:
         raise UserError(f"data.workers is {workers!r}, expected 'auto' or an integer of at least 0")
     return workers

@@ -12,7 +12,7 @@ from segformer.labels import Classes
 
 
 class SegmentationDataset(Dataset[dict[str, Tensor]]):
-    """Samples by `Draw(index, seed)` for training, by plain index for evaluation (no transform)."""
+    """Samples by `Draw(sample, seed)` for training, by plain index for evaluation (no transform)."""
 
     def __init__(self, source: Source, classes: Classes, transform: TrainTransform | None = None) -> None:
         self.source, self.classes, self.transform = source, classes, transform
@@ -21,7 +21,7 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
         return len(self.source)
 
     def __getitem__(self, key: Draw | int) -> dict[str, Tensor]:
-        index = key.index if isinstance(key, Draw) else key
+        index = key.sample if isinstance(key, Draw) else key
         image, raw = self.source[index]
         mask = self.classes.encode(raw, self.source.name(index))
         if self.transform is not None:

@@ -10,9 +10,9 @@ from segformer.errors import UserError
 
 
 class Draw(NamedTuple):
-    """One training sample: its index in the source, and the seed of its augmentation."""
+    """One training sample: its place in the source, and the seed of its augmentation."""
 
-    index: int
+    sample: int
     seed: int
 
 
@@ -25,18 +25,25 @@ class TrainingBatches(Sampler[list[Draw]]):
     """Endless micro-batches whose content follows from (seed, optimiser step) alone.
 
     Position p of the endless order is sample permutation(seed, p // n)[p % n]. Step s takes the `batch_size` positions
-    from s * batch_size on, dealt out over processes and accumulated micro-batches, so a run that resumes at step s, with
-    any number of workers or processes, sees what an unbroken run sees.
+    from s * batch_size on, dealt out over processes and accumulated micro-batches, so a run that resumes at step s,
+    with any number of workers or processes, sees what an unbroken run sees.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, start_step: int, rank: int = 0, world: int = 1, accumulate: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
     ) -> None:
         parts = world * accumulate
         if batch_size % parts:
             raise UserError(
-                f"data.batch_size={batch_size} cannot be shared evenly by {world} device(s) with {accumulate} accumulated "
-                f"batches each: use a multiple of {parts}"
+                f"data.batch_size={batch_size} cannot be shared evenly by {world} device(s) with {accumulate} "
+                f"accumulated batches each: use a multiple of {parts}"
             )
         self.length, self.batch_size, self.seed, self.start_step = length, batch_size, seed, start_step
         self.rank, self.world, self.accumulate = rank, world, accumulate

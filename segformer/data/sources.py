@@ -38,7 +38,9 @@ class Pairs:
         if not root.is_dir():
             raise UserError(f"data.root={root} is not a folder: give the folder that holds {images} and {masks}")
         if images.count("*") != masks.count("*"):
-            raise UserError(f"{images!r} and {masks!r} have different numbers of stars, expected one mask star for each image star")
+            raise UserError(
+                f"{images!r} and {masks!r} have different numbers of stars, expected one mask star for each image star"
+            )
         found_images, found_masks = _find(root, images), _find(root, masks)
         if not found_images:
             raise UserError(f"no images at {root / images}: check data.root and the pattern")
@@ -75,7 +77,7 @@ class Pairs:
 def open_source(split: str, spec: Any, root: str | None) -> Source:
     """The source of one split: {images, masks} globs, {scenes, seed} of the toy dataset, or a source object itself."""
     if not isinstance(spec, Mapping):
-        return spec  # type: ignore[no-any-return]  # built by the user's own `_target_`
+        return spec  # built by the user's own `_target_`
     if "scenes" in spec:
         from segformer.data.toy import ToyScenes
 

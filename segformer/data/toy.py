@@ -5,6 +5,8 @@ Sizes, light, weather, colours, overlap and noise vary from scene to scene, so c
 (seed, index). Some pixels are ignored, as in real data: the bonnet of the camera car and unlabelled boxes.
 """
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 
@@ -53,7 +55,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return scene.developed(), scene.mask
 
 
-def _crowd(rng: np.random.Generator) -> list:
+def _crowd(rng: np.random.Generator) -> list[Callable[["_Scene", float], None]]:
     counts = {_Scene.tree: (1, 5), _Scene.car: (1, 5), _Scene.person: (2, 7), _Scene.sign: (2, 6)}
     return [kind for kind, (low, high) in counts.items() for _ in range(rng.integers(low, high))]
 
@@ -119,7 +121,9 @@ class _Scene:
         asphalt = self._vary((88, 88, 92), 20)
         self._paint(self._road(1.0), ROAD, asphalt, depth=0.6)
         for near in np.linspace(0.2, 1, 6):  # lane markings are road
-            dash = self._poly([self._at(0.02, near), self._at(-0.02, near), self._at(-0.02, near * 0.86), self._at(0.02, near * 0.86)])
+            dash = self._poly(
+                [self._at(0.02, near), self._at(-0.02, near), self._at(-0.02, near * 0.86), self._at(0.02, near * 0.86)]
+            )
             self._paint(dash & (self.mask == ROAD), ROAD, self._vary((215, 215, 205), 12), depth=0.6)
 
     # -- things
@@ -139,10 +143,13 @@ class _Scene:
         paint = self._vary(_pick(self.rng, _PAINTS), 14)
         self.image *= 1 - 0.4 * self._disc(x, y, half, half * 0.16)[..., None]  # its shadow falls on the road
         for side in (-0.62, 0.62):
-            self._paint(self._disc(x + side * half, y - size * 0.12, size * 0.17), CAR, self._vary((28, 28, 30), 6), depth)
-        body = self._poly([(x - half, y - size * 0.12), (x - half * 0.96, y - size * 0.55), (x - half * 0.6, y - size * 0.6),
-                           (x - half * 0.42, y - size), (x + half * 0.45, y - size), (x + half * 0.68, y - size * 0.58),
-                           (x + half * 0.97, y - size * 0.5), (x + half, y - size * 0.12)])  # fmt: skip
+            self._paint(
+                self._disc(x + side * half, y - size * 0.12, size * 0.17), CAR, self._vary((28, 28, 30), 6), depth
+            )
+        body = self._poly([(x - half, y - size * 0.12), (x - half * 0.96, y - size * 0.55),
+                           (x - half * 0.6, y - size * 0.6), (x - half * 0.42, y - size), (x + half * 0.45, y - size),
+                           (x + half * 0.68, y - size * 0.58), (x + half * 0.97, y - size * 0.5),
+                           (x + half, y - size * 0.12)])  # fmt: skip
         self._paint(body, CAR, paint, depth, rough=0.4)
         glass = self._poly([(x - half * 0.5, y - size * 0.6), (x - half * 0.36, y - size * 0.93),
                             (x + half * 0.38, y - size * 0.93), (x + half * 0.56, y - size * 0.6)])  # fmt: skip
@@ -153,7 +160,10 @@ class _Scene:
     def person(self, depth: float) -> None:
         x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.66)
         wide, stride = size * 0.15, size * self.rng.uniform(0.02, 0.11)
-        shirt, trousers = self._vary(_pick(self.rng, _PAINTS), 22), self._vary(_pick(self.rng, _WALLS + _PAINTS), 22) * 0.7
+        shirt, trousers = (
+            self._vary(_pick(self.rng, _PAINTS), 22),
+            self._vary(_pick(self.rng, _WALLS + _PAINTS), 22) * 0.7,
+        )
         for foot in (-stride, stride):
             leg = self._poly([(x - wide * 0.6, y - size * 0.5), (x + wide * 0.6, y - size * 0.5),
                               (x + foot + wide * 0.35, y), (x + foot - wide * 0.35, y)])  # fmt: skip
@@ -169,10 +179,12 @@ class _Scene:
         plate, pole = self._vary(_pick(self.rng, _PLATES), 12), self._vary((120, 120, 122), 20)
         self._paint(self._box(x - size * 0.035, y - size * 0.7, x + size * 0.035 + 1, y), SIGN, pole, depth)
         radius, middle = size * 0.24, y - size * 0.8
-        shape = self.rng.integers(3)
+        shape = int(self.rng.integers(3))
         face, inner = (self._plate(shape, x, middle, scale) for scale in (radius, radius * 0.6))
         self._paint(face, SIGN, plate, depth, rough=0.3)
-        self._paint(inner, SIGN, self._vary((238, 238, 235), 8) if self.rng.random() < 0.6 else plate * 0.8, depth, rough=0.3)
+        self._paint(
+            inner, SIGN, self._vary((238, 238, 235), 8) if self.rng.random() < 0.6 else plate * 0.8, depth, rough=0.3
+        )
 
     def _plate(self, shape: int, x: float, y: float, radius: float) -> np.ndarray:
         if shape == 0:
@@ -192,11 +204,13 @@ class _Scene:
 
     def developed(self) -> np.ndarray:
         """Light, blur and sensor noise."""
-        across = np.linspace(*self.rng.uniform(0.78, 1.2, 2), self.width, dtype=np.float32)[None, :, None]
+        across = np.linspace(self.rng.uniform(0.78, 1.2), self.rng.uniform(0.78, 1.2), self.width, dtype=np.float32)[
+            None, :, None
+        ]
         tint = self.rng.uniform(0.9, 1.1, 3).astype(np.float32)
-        image = self.image * across * tint * np.float32(self.rng.uniform(0.72, 1.15))
+        image: np.ndarray = self.image * across * tint * np.float32(self.rng.uniform(0.72, 1.15))
         if self.rng.random() < 0.5:
-            image = cv2.GaussianBlur(image, (3, 3), self.rng.uniform(0.3, 0.9))
+            image = cv2.GaussianBlur(image, (3, 3), self.rng.uniform(0.3, 0.9)).astype(np.float32)
         noise = self.rng.standard_normal(image.shape, np.float32)
         image += noise * np.float32(self.rng.uniform(1, 6))
         return np.clip(image, 0, 255).astype(np.uint8)
@@ -220,7 +234,9 @@ class _Scene:
         side = int(self.rng.integers(2))
         edge = (-1, 1)[side] * self.kerb[side] / self.width
         # on the road a lane, else a spot on the paving beyond the kerb
-        offset = edge * (self.rng.uniform(0.25, 0.8) if on_road else self.rng.uniform(1.08, 1.08 + 0.5 / max(depth, 0.3)))
+        offset = edge * (
+            self.rng.uniform(0.25, 0.8) if on_road else self.rng.uniform(1.08, 1.08 + 0.5 / max(depth, 0.3))
+        )
         x, y = self._at(offset, depth)
         return x, y, tall * (12 + (self.height - self.horizon) * 1.15 * depth) * self.rng.uniform(0.85, 1.15)
 
@@ -232,7 +248,9 @@ class _Scene:
 
     def _road(self, share: float) -> np.ndarray:
         left, right = self.kerb / self.width * share
-        return self._poly([(self.vanish - 2, self.horizon), (self.vanish + 2, self.horizon), self._at(right, 1), self._at(-left, 1)])
+        return self._poly(
+            [(self.vanish - 2, self.horizon), (self.vanish + 2, self.horizon), self._at(right, 1), self._at(-left, 1)]
+        )
 
     def _blank(self) -> np.ndarray:
         return np.zeros((self.height, self.width), np.uint8)

@@ -22,7 +22,9 @@ def test_evaluation_samples_are_the_source_as_it_is() -> None:
     image, mask = ToyScenes(12)[3]
     sample = toy(transform=False)[3]
     assert sample["image"].dtype == sample["mask"].dtype == torch.uint8
-    assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), image) and np.array_equal(sample["mask"].numpy(), mask)
+    assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), image) and np.array_equal(
+        sample["mask"].numpy(), mask
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])

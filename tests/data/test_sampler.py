@@ -19,7 +19,7 @@ def steps(count: int, *, start: int = 0, **layout: int) -> list[set]:
 
 def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own() -> None:
     draws = [draw for batch in islice(TrainingBatches(10, 5, 0, 0), 6) for draw in batch]
-    epochs = [[draw.index for draw in draws[start : start + 10]] for start in (0, 10, 20)]
+    epochs = [[draw.sample for draw in draws[start : start + 10]] for start in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert len({draw.seed for draw in draws}) == 30
@@ -43,7 +43,7 @@ def test_a_batch_that_cannot_be_shared_is_told() -> None:
 @pytest.mark.parametrize(("length", "world"), [(7, 2), (8, 3), (9, 3), (1, 4)])
 def test_each_validation_image_is_scored_once_on_any_number_of_processes(length, world) -> None:
     shards = [list(EvaluationShard(length, rank, world)) for rank in range(world)]
-    assert sorted(sum(shards, [])) == list(range(length))
+    assert sorted(index for shard in shards for index in shard) == list(range(length))
     assert [len(EvaluationShard(length, rank, world)) for rank in range(world)] == [len(shard) for shard in shards]
 
 

@@ -10,7 +10,12 @@ def test_pairs_are_matched_by_stem_whatever_the_extension(potholes) -> None:
     pairs = Pairs(potholes, "images/train/*", "masks/train/*")
     assert len(pairs) == 4 and pairs.name(0).endswith("road 0 ü.jpg")
     image, mask = pairs[1]
-    assert image.shape == (61, 80, 3) and image.dtype == np.uint8 and mask.shape == (61, 80) and set(np.unique(mask)) == {0, 1}
+    assert (
+        image.shape == (61, 80, 3)
+        and image.dtype == np.uint8
+        and mask.shape == (61, 80)
+        and set(np.unique(mask)) == {0, 1}
+    )
 
 
 def test_pairs_are_matched_by_what_the_stars_stand_for(tmp_path) -> None:
@@ -27,7 +32,9 @@ def test_pairs_are_matched_by_what_the_stars_stand_for(tmp_path) -> None:
 
 def test_an_unpaired_file_is_named_with_what_was_expected(potholes) -> None:
     (potholes / "masks/train/road 2 ü.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 4 files have no mask, first .*road 2 ü.jpg: expected .*masks/train/road 2 ü"):
+    with pytest.raises(
+        UserError, match=r"1 of 4 files have no mask, first .*road 2 ü.jpg: expected .*masks/train/road 2 ü"
+    ):
         Pairs(potholes, "images/train/*", "masks/train/*")
     Image.new("L", (4, 4)).save(potholes / "masks/val/stray.png")
     with pytest.raises(UserError, match=r"1 of 4 files have no image, first .*stray.png"):

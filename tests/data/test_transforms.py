@@ -16,7 +16,9 @@ def sample(height: int = 60, width: int = 90, classes: int = 4) -> tuple[np.ndar
 
 
 def transform(**options) -> TrainTransform:
-    return TrainTransform(**{"crop_size": (48, 64), "base_size": None, "scale": (0.5, 2.0), "cat_max_ratio": 0.75} | options)
+    return TrainTransform(
+        **{"crop_size": (48, 64), "base_size": None, "scale": (0.5, 2.0), "cat_max_ratio": 0.75} | options
+    )
 
 
 def test_the_seed_decides_everything() -> None:
