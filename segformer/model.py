@@ -240,17 +240,19 @@ class SegformerDecodeHead(nn.Module):
     def forward(self, encoder_hidden_states: Sequence[Tensor]) -> Tensor:
         """Four (B, C, H, W) maps -> logits (B, K, H/4, W/4)."""
         fused = (self._fuse_merged if self.merged else self._fuse_literal)(encoder_hidden_states)
-        return self.classifier(self.dropout(F.relu(self.batch_norm(fused))))
+        return self.classifier(self.dropout(F.relu(self.batch_norm(fused), inplace=True)))
 
     def _fuse_merged(self, maps: Sequence[Tensor]) -> Tensor:
         slices = self.linear_fuse.weight[:, :, 0, 0].chunk(len(maps), dim=1)  # (D, D) each, deepest stage first
-        projected = []
+        fused = None
         for projection, slice_, x in zip(self.linear_projections, reversed(slices), maps, strict=True):
             assert isinstance(projection, nn.Linear)
             with torch.autocast(x.device.type, enabled=False):  # a product of weights: no rounding to half precision
                 weight, bias = slice_ @ projection.weight, slice_ @ projection.bias  # (D, C), (D)
-            projected.append(_resize(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), maps[0]))
-        return sum(projected[1:], start=projected[0])
+            projected = _resize(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), maps[0])
+            fused = projected if fused is None else projected.add_(fused)  # a resized map is nobody else's
+        assert fused is not None
+        return fused
 
     def _fuse_literal(self, maps: Sequence[Tensor]) -> Tensor:
         projected = [

@@ -206,7 +206,6 @@ def test_resuming_with_another_recipe_is_refused_by_name(here, run) -> None:
     assert only_run(here) == folder
 
 
-@pytest.mark.slow  # two whole processes that import everything: 30 s
 def test_a_killed_process_resumes(here) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "trainer.max_steps=60", "trainer.val_check_interval=20"]
     process = subprocess.Popen(command, cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -17,8 +17,8 @@ SKY, BUILDING, ROAD, SIDEWALK, TREE, CAR, PERSON, SIGN = range(len(CLASSES))
 
 # RGB anchors a scene draws from; every colour is jittered
 _SKIES = [((70, 130, 205), (190, 215, 235)), ((150, 155, 165), (205, 205, 208)), ((60, 70, 120), (240, 170, 120))]
-_WALLS = [(165, 95, 75), (190, 175, 150), (125, 125, 130), (205, 200, 190), (100, 115, 135), (150, 120, 90)]
-_LEAVES = [(60, 100, 45), (85, 125, 55), (45, 80, 50), (160, 120, 50), (150, 80, 45)]
+_WALLS = [(165, 110, 92), (190, 175, 150), (125, 125, 130), (205, 200, 190), (105, 115, 130), (150, 128, 104)]
+_LEAVES = [(60, 105, 45), (85, 130, 55), (45, 85, 50), (70, 115, 40), (150, 125, 45)]
 _PAINTS = [(185, 30, 35), (30, 60, 150), (225, 225, 228), (35, 36, 40), (130, 132, 138), (215, 170, 40), (50, 110, 80)]
 _PLATES = [(200, 30, 35), (35, 80, 170), (235, 190, 40), (235, 235, 235), (30, 120, 70)]
 
@@ -48,7 +48,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     scene.sky()
     scene.buildings()
     scene.ground()
-    near_to_far = [(rng.uniform(0.35, 1), kind) for kind in _crowd(rng)]
+    near_to_far = [(rng.uniform(0.45, 1), kind) for kind in _crowd(rng)]
     for depth, kind in sorted(near_to_far):  # far things first: near ones cover them
         kind(scene, depth)
     scene.ignored()
@@ -130,7 +130,7 @@ class _Scene:
 
     def tree(self, depth: float) -> None:
         x, y, size = self._stand(depth, on_road=False, tall=0.95)
-        leaf, trunk = self._vary(_pick(self.rng, _LEAVES), 14), self._vary((95, 72, 52), 14)
+        leaf, trunk = self._vary(_pick(self.rng, _LEAVES), 9), self._vary((95, 72, 52), 14)
         self._paint(self._box(x - size * 0.04, y - size * 0.5, x + size * 0.04 + 1, y), TREE, trunk, depth)
         for shade in (0.75, 0.9, 1.0, 1.12):
             dx, dy = self.rng.uniform(-0.16, 0.16), self.rng.uniform(-0.86, -0.5)
@@ -158,8 +158,8 @@ class _Scene:
         self._paint(self._disc(x + half * 0.9, y - size * 0.38, size * 0.07), CAR, lamp, depth, rough=0.2)
 
     def person(self, depth: float) -> None:
-        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.66)
-        wide, stride = size * 0.15, size * self.rng.uniform(0.02, 0.11)
+        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.76)
+        wide, stride = size * 0.17, size * self.rng.uniform(0.02, 0.11)
         shirt, trousers = (
             self._vary(_pick(self.rng, _PAINTS), 22),
             self._vary(_pick(self.rng, _WALLS + _PAINTS), 22) * 0.7,
@@ -175,10 +175,10 @@ class _Scene:
         self._paint(self._disc(x, y - size * 0.91, size * 0.085), PERSON, skin, depth)
 
     def sign(self, depth: float) -> None:
-        x, y, size = self._stand(depth, on_road=False, tall=0.8)
+        x, y, size = self._stand(depth, on_road=False, tall=0.85)
         plate, pole = self._vary(_pick(self.rng, _PLATES), 12), self._vary((120, 120, 122), 20)
-        self._paint(self._box(x - size * 0.035, y - size * 0.7, x + size * 0.035 + 1, y), SIGN, pole, depth)
-        radius, middle = size * 0.24, y - size * 0.8
+        self._paint(self._box(x - size * 0.045, y - size * 0.7, x + size * 0.045 + 1, y), SIGN, pole, depth)
+        radius, middle = size * 0.27, y - size * 0.8
         shape = int(self.rng.integers(3))
         face, inner = (self._plate(shape, x, middle, scale) for scale in (radius, radius * 0.6))
         self._paint(face, SIGN, plate, depth, rough=0.3)
@@ -204,15 +204,15 @@ class _Scene:
 
     def developed(self) -> np.ndarray:
         """Light, blur and sensor noise."""
-        across = np.linspace(self.rng.uniform(0.78, 1.2), self.rng.uniform(0.78, 1.2), self.width, dtype=np.float32)[
+        across = np.linspace(self.rng.uniform(0.85, 1.15), self.rng.uniform(0.85, 1.15), self.width, dtype=np.float32)[
             None, :, None
         ]
-        tint = self.rng.uniform(0.9, 1.1, 3).astype(np.float32)
-        image: np.ndarray = self.image * across * tint * np.float32(self.rng.uniform(0.72, 1.15))
+        tint = self.rng.uniform(0.95, 1.05, 3).astype(np.float32)
+        image: np.ndarray = self.image * across * tint * np.float32(self.rng.uniform(0.8, 1.1))
         if self.rng.random() < 0.5:
             image = cv2.GaussianBlur(image, (3, 3), self.rng.uniform(0.3, 0.9)).astype(np.float32)
         noise = self.rng.standard_normal(image.shape, np.float32)
-        image += noise * np.float32(self.rng.uniform(1, 6))
+        image += noise * np.float32(self.rng.uniform(1, 5))
         return np.clip(image, 0, 255).astype(np.uint8)
 
     # -- helpers
