@@ -42,7 +42,8 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     changes = {key: value for key, value in config["protocol"].items() if value != "dataset"}
     task = SegmentationTask(model, build("protocol", Protocol, asdict(data.protocol) | changes))
     del options["checkpoint_interval"]
-    trainer = Trainer(callbacks=[callbacks.Progress(1)], logger=False, use_distributed_sampler=False, **options)
+    own = {"callbacks": [callbacks.Progress(1)], "logger": False, "use_distributed_sampler": False}
+    trainer = build("trainer", Trainer, options, **own)
     trainer.validate(task, data, verbose=False)
     if trainer.is_global_zero:
         name = own_data or trained["choices"]["data"]

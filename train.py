@@ -40,16 +40,16 @@ def train(config: Any, overrides: list[str]) -> float:
     record = resume.record(model, config)
     task = SegmentationTask(model, data.protocol, config["optim"], options["max_steps"], seed, record)
     best, last = resume.best_checkpoint(run), resume.LastCheckpoint(run, options.pop("checkpoint_interval"), config)
-    trainer = Trainer(
-        callbacks=[callbacks.Progress(data.batch_size), callbacks.Previews(run, data.classes), best, last],
-        logger=[callbacks.MetricsFile(run), *(instantiate(log, save_dir=run) for log in config["logger"].values())],
-        plugins=[resume.AtomicCheckpointIO()],
-        check_val_every_n_epoch=None,  # the order of samples is endless: intervals count steps
-        use_distributed_sampler=False,  # ours neither pads nor repeats
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        **options,
-    )
+    own = {
+        "callbacks": [callbacks.Progress(data.batch_size), callbacks.Previews(run, data.classes), best, last],
+        "logger": [callbacks.MetricsFile(run), *(instantiate(log, save_dir=run) for log in config["logger"].values())],
+        "plugins": [resume.AtomicCheckpointIO()],
+        "check_val_every_n_epoch": None,  # the order of samples is endless: intervals count steps
+        "use_distributed_sampler": False,  # ours neither pads nor repeats
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+    }
+    trainer = build("trainer", Trainer, options, **own)
     trainer.print(f"{data.summary()}\n{origin}\nrun folder: {run}")
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     return resume.closing_words(trainer, best)

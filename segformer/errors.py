@@ -10,9 +10,12 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+_PLAIN = {int: "an integer", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
 class UserError(ValueError):
@@ -34,10 +37,32 @@ def build(where: str, what: Callable[..., T], options: Mapping[str, Any], **more
             raise UserError(
                 f"unknown key '{where}.{key}'{nearest(key, allowed)}: {where} takes {', '.join(sorted(allowed))}"
             )
+    hints = get_type_hints(what.__init__ if inspect.isclass(what) else what)
     for name in allowed:
-        if schema[name].default is inspect.Parameter.empty and name not in options:
+        if name in options:
+            _require_type(f"{where}.{name}", options[name], hints.get(name))
+        elif schema[name].default is inspect.Parameter.empty:
             raise UserError(f"'{where}.{name}' is not set: add {where}.{name}=... to the command")
-    return what(**options, **more)
+    try:
+        return what(**options, **more)
+    except Exception as error:
+        # Lightning raises types of its own for settings it cannot serve; both speak to the user
+        if isinstance(error, UserError) or (
+            not isinstance(error, ValueError) and "Misconfig" not in type(error).__name__
+        ):
+            raise
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _require_type(name: str, value: Any, hint: Any) -> None:
+    """Refuses a value of the wrong plain type; what is no number, text or switch is the callee's to judge."""
+    kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    if not kinds <= _PLAIN.keys() or any(isinstance(value, kind) for kind in kinds - {int, float}):
+        return
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if (number and kinds & {int, float}) or (isinstance(value, float) and float in kinds):
+        return
+    raise UserError(f"{name} is {value!r}, expected {' or '.join(sorted(_PLAIN[kind] for kind in kinds))}")
 
 
 @contextmanager

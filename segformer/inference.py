@@ -12,12 +12,11 @@ from segformer.errors import UserError
 from segformer.pixels import BAND_NUMBERS, bilinear_matrix, normalize, resize, row_bands, upsample_rows
 
 
-def _pair(name: str, value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """A setting that is one side or a list of two, as two positive integers."""
     sides = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
-        raise UserError(f"{name} is {value!r}, expected null, a positive integer or a list of two")
+        raise UserError(f"{name} is {value!r}, expected a positive integer or a list of two")
     return sides[0], sides[1]
 
 
@@ -37,9 +36,9 @@ class Protocol:
     stride: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        window = _pair("protocol.window", self.window)
-        stride = _pair("protocol.stride", self.stride)
-        size = _pair("protocol.size", self.size)
+        window = pair("protocol.window", self.window) if self.window is not None else None
+        stride = pair("protocol.stride", self.stride) if self.stride is not None else None
+        size = pair("protocol.size", self.size) if self.size is not None else None
         if not isinstance(self.align, int) or self.align < 1:
             raise UserError(f"protocol.align is {self.align!r}, expected an integer of at least 1")
         if stride and not window:

@@ -26,8 +26,8 @@ def words(*wanted: str) -> list[list[str]]:
 
 
 def test_the_two_first_commands_are_what_ci_and_newcomers_run() -> None:
-    assert COMMANDS[0] == "pip install uv && uv run train.py".split()
-    assert COMMANDS[1] == "pip install uv && uv run --extra dev pytest".split()
+    assert COMMANDS[0] == ["pip", "install", "uv", "&&", "uv", "run", "train.py"]
+    assert COMMANDS[1] == ["pip", "install", "uv", "&&", "uv", "run", "--extra", "dev", "pytest"]
     assert "pip install uv && uv run --extra dev pytest" in (ROOT / ".ci" / "run").read_text()
 
 

@@ -230,7 +230,12 @@ BAD = {
     "misspelt group": (["data=toyy"], "no config data=toyy (did you mean 'toy'?)"),
     "missing root": (["data=camvid"], "'data.root' is not set: add data.root="),
     "wrong root": (["data=camvid", "data.root=nowhere"], "nowhere is not a folder"),
-    "wrong batch": (["model.drop_path_rat=0"], "unknown key 'model.drop_path_rat'"),
+    "misspelt inner key": (["model.drop_path_rat=0"], "unknown key 'model.drop_path_rat'"),
+    "text for a number": (["optim.lr=fast"], "optim.lr is 'fast', expected a number"),
+    "wrong crop": (["data.crop_size=big"], "data.crop_size is 'big', expected a positive integer or a list of two"),
+    "wrong precision": (["trainer.precision=bf17"], "trainer: Precision 'bf17' is invalid"),
+    "no steps": (["trainer.max_steps=0"], "trainer.max_steps is 0, expected at least 1"),
+    "unknown logger": (["+logger.mine._target_=nowhere.Logger"], "nowhere.Logger"),
     "no such weights": (["model.pretrained=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
     "bad schedule": (["optim.loss_denominator=some"], "loss denominator is 'some'"),
 }
@@ -241,7 +246,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(here, run, what) ->
     overrides, expected = BAD[what]
     sentence = told(run(train, *overrides, *(SHORT if "data=camvid" in overrides else SMALL)))
     assert expected in sentence
-    if what != "bad schedule":  # found at the first step, in a run folder that then says what was run
+    if what not in ("bad schedule", "text for a number", "no steps"):  # found when the run folder stands
         assert not list(here.iterdir())
 
 

@@ -13,7 +13,7 @@ from segformer.data.sampler import EvaluationShard, TrainingBatches
 from segformer.data.sources import open_source
 from segformer.data.transforms import TrainTransform
 from segformer.errors import UserError, build
-from segformer.inference import Protocol
+from segformer.inference import Protocol, pair
 from segformer.labels import IGNORE, Classes
 
 MAX_AUTO_WORKERS = 8
@@ -47,15 +47,18 @@ class SegmentationData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"data.batch_size is {batch_size!r}, expected a positive integer")
+        if batch_size < 1:
+            raise UserError(f"data.batch_size is {batch_size}, expected at least 1")
+        if not 0 < cat_max_ratio <= 1:
+            raise UserError(f"data.cat_max_ratio is {cat_max_ratio}, expected more than 0 and at most 1")
         self.classes = Classes.from_config(classes, ignore)
         self.protocol = build("data.protocol", Protocol, protocol or {})
         self.batch_size, self.seed = batch_size, seed
         self.workers = _workers(workers)
-        crop = (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size[0], crop_size[1])
-        base = (max(base_size), min(base_size)) if base_size else None
-        self.transform = TrainTransform(crop, base, (scale[0], scale[1]), cat_max_ratio)
+        base = sorted(pair("data.base_size", base_size)) if base_size is not None else None
+        self.transform = TrainTransform(
+            pair("data.crop_size", crop_size), (base[1], base[0]) if base else None, _range(scale), cat_max_ratio
+        )
         self._specs = {"train": train, "val": val}
         self._root = root
 
@@ -116,6 +119,13 @@ def _start_worker(_: int) -> None:
 
 def _on_cuda(trainer: pl.Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
+
+
+def _range(scale: Any) -> tuple[float, float]:
+    ends = list(scale) if isinstance(scale, Sequence) and not isinstance(scale, str) else []
+    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not 0 < ends[0] <= ends[1]:
+        raise UserError(f"data.scale is {scale!r}, expected [low, high] with 0 < low <= high")
+    return ends[0], ends[1]
 
 
 def _workers(workers: int | str) -> int:
