@@ -31,9 +31,9 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     from segformer.model import SegformerForSemanticSegmentation
     from segformer.task import SegmentationTask
 
-    source, options = config["checkpoint"], config["trainer"]
+    source, options = checkpoints.absolute(config["checkpoint"]), config["trainer"]
     trained = checkpoints.training_config(source, needed=own_data is None)
-    section = config["data"] | {"val": instantiate(config["data"]["val"])} if own_data else trained["data"]
+    section = instantiate(config["data"], _convert_="all") if own_data else trained["data"]
     data = build("data", SegmentationData, section).opened("val")
     model = SegformerForSemanticSegmentation.from_pretrained(source)
     data.classes.require(model.config.id2label.values(), source)
@@ -47,9 +47,9 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     trainer.validate(task, data, verbose=False)
     if trainer.is_global_zero:
         name = own_data or trained["choices"]["data"]
-        facts = {"checkpoint": os.path.abspath(source), "data": name, "precision": options["precision"]}
+        facts = {"checkpoint": str(source), "data": name, "precision": options["precision"]}
         facts["split_images"] = len(data.datasets["val"])
-        folder = report.new_folder("reports", checkpoints.model_name(source, trained), name)
+        folder = report.new_folder(config["output"], checkpoints.model_name(source, trained), name)
         report.write_report(folder, task.scores, data.classes.names, task.images_scored, task.protocol, facts)
     return task.scores.miou
 

@@ -19,9 +19,9 @@ def main(settings: DictConfig) -> float:
     """Composes the configuration, trains, and returns the best val/miou, which is what a sweep maximises."""
     launch = HydraConfig.get()
     with tidy(launch.runtime.output_dir):
-        config: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
-        config |= {"run": launch.runtime.output_dir, "choices": dict(launch.runtime.choices)}
-        return train(config, launch.overrides.task)
+        config: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=not settings.resume)
+        place = {"run": launch.runtime.output_dir, "choices": dict(launch.runtime.choices)}
+        return train(config | place, launch.overrides.task)
 
 
 def train(config: Any, overrides: list[str]) -> float:
@@ -34,23 +34,23 @@ def train(config: Any, overrides: list[str]) -> float:
 
     run, config, checkpoint = resume.run_folder(config, overrides)
     seed, options = seed_everything(config["seed"], verbose=False), dict(config["trainer"])
-    own_sources = {split: instantiate(config["data"][split]) for split in ("train", "val")}
-    data = build("data", SegmentationData, config["data"] | own_sources, seed=seed).opened("train", "val")
+    section = instantiate(config["data"], _convert_="all")  # builds a `_target_` of the user's own, if there is one
+    data = build("data", SegmentationData, section, seed=seed).opened("train", "val")
     model, origin = build("model", build_segformer, config["model"], names=data.classes.names)
-    record = resume.record(model, config)
-    task = SegmentationTask(model, data.protocol, config["optim"], options["max_steps"], seed, record)
-    best, last = resume.best_checkpoint(run), resume.LastCheckpoint(run, options.pop("checkpoint_interval"), config)
+    facts = resume.record(model, config)
+    task = SegmentationTask(model, data.protocol, config["optim"], options["max_steps"], seed, facts)
+    best, last = resume.BestCheckpoint(run), resume.LastCheckpoint(run, options.pop("checkpoint_interval"), config)
+    loggers = [instantiate(log, _convert_="all", save_dir=run) for log in config["logger"].values()]
     own = {
         "callbacks": [callbacks.Progress(data.batch_size), callbacks.Previews(run, data.classes), best, last],
-        "logger": [callbacks.MetricsFile(run), *(instantiate(log, save_dir=run) for log in config["logger"].values())],
+        "logger": [callbacks.MetricsFile(run), *loggers],
         "plugins": [resume.AtomicCheckpointIO()],
         "check_val_every_n_epoch": None,  # the order of samples is endless: intervals count steps
         "use_distributed_sampler": False,  # ours neither pads nor repeats
-        "num_sanity_val_steps": 0,
-        "enable_model_summary": False,
+        **{"num_sanity_val_steps": 0, "enable_model_summary": False},
     }
     trainer = build("trainer", Trainer, options, **own)
-    trainer.print(f"{data.summary()}\n{origin}\nrun folder: {run}")
+    print(data.summary(), origin, f"run folder: {run}", sep="\n")
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     return resume.closing_words(trainer, best)
 

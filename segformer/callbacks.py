@@ -11,6 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,9 +37,9 @@ for _message in (
 class Progress(ProgressBar):
     """One bar over all optimiser steps with loss, lr, images/s and the latest mIoU; plain lines without a terminal."""
 
-    def __init__(self, batch_size: int, enabled: bool = True) -> None:
+    def __init__(self, batch_size: int) -> None:
         super().__init__()
-        self.batch_size, self.enabled_ = batch_size, enabled
+        self.batch_size, self.enabled_ = batch_size, True
         self.terminal = sys.stderr.isatty()
         self.shown: dict[str, str] = {}
 
@@ -69,7 +71,7 @@ class Progress(ProgressBar):
         # reading the loss waits for the device: once a second, not every step
         self.shown["loss"] = f"{float(trainer.callback_metrics['train/loss']):.4f}"
         self.shown["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}"
-        self.shown["images/s"] = f"{(step - self.step) * self.batch_size / (now - self.since):.1f}"
+        self.shown["images/s"] = f"{(step - self.step) * self.batch_size / max(now - self.since, 1e-6):.1f}"
         self.since, self.step = now, step
         self._show(trainer)
 
@@ -117,25 +119,33 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder.parent), name="", version=folder.name, flush_logs_every_n_steps=1)
-        self._kept = folder / "metrics.before-resume.csv"
-        if (folder / "metrics.csv").is_file():
-            (folder / "metrics.csv").replace(self._kept)
+        self._path, self._kept = folder / "metrics.csv", folder / "metrics.before-resume.csv"
 
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None and self._path.is_file() and not self._kept.is_file():
+            self._path.replace(self._kept)  # Lightning's writer deletes what it finds
+        return super().experiment
+
+    @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        if not self._kept.is_file():
+        writer = self.experiment
+        if self._kept.is_file():
+            with self._kept.open(newline="") as file:  # rows after the checkpoint are about to be logged again
+                rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
+            writer.metrics = [row for row in rows if step is None or int(row["step"]) < step]
             super().log_metrics(metrics, step)
-            return
-        with self._kept.open(newline="") as file:  # rows after the checkpoint are about to be logged again
-            rows = [row for row in csv.DictReader(file) if step is None or int(row["step"]) < step]
-        self.experiment.metrics = rows
-        super().log_metrics(metrics, step)
-        self.save()
-        self._kept.unlink()
+            self.save()
+            self._kept.unlink()
+        else:
+            super().log_metrics(metrics, step)
 
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
         if self._kept.is_file():  # nothing was logged: the run had ended before
-            self._kept.replace(self._kept.with_name("metrics.csv"))
+            self._kept.replace(self._path)
 
 
 class Previews(pl.Callback):
@@ -158,5 +168,9 @@ class Previews(pl.Callback):
             return
         image = batch["image"][0].permute(1, 2, 0).cpu().numpy()
         drawn = panel(image, batch["mask"][0].cpu().numpy(), outputs[0].cpu().numpy(), self.classes)
-        self.folder.mkdir(exist_ok=True)
-        Image.fromarray(drawn).save(self.folder / f"step_{trainer.global_step:06d}_{batch_idx}.jpg", quality=90)
+        path = self.folder / f"step_{trainer.global_step:06d}_{batch_idx}.jpg"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawn).save(path, quality=90)
+        except OSError as error:  # a picture is not worth a run
+            warnings.warn(f"preview {path} was not written: {error}", stacklevel=2)

@@ -14,6 +14,7 @@ from segformer.config import SegformerConfig
 from segformer.errors import UserError
 
 Weights = dict[str, Tensor]
+_FILES = {".bin", ".ckpt", ".h5", ".pt", ".pth", ".safetensors"}
 Model = TypeVar("Model", bound="Pretrained")
 
 # ours -> Hugging Face's names on disk, the same in every version of transformers
@@ -67,7 +68,7 @@ class Pretrained(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"architectures": [type(self).__name__], **self.config.to_dict()}
+        values = {**self.config.to_dict(), "architectures": [type(self).__name__]}
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
         # metadata: transformers refuses files that do not say which framework wrote them
@@ -94,7 +95,7 @@ def read(source: str | os.PathLike[str]) -> tuple[Weights, dict[str, Any] | None
         raise UserError(f"no weights in {path}: expected model.safetensors or pytorch_model.bin beside config.json")
     config = path / "config.json"
     try:
-        return weights, json.loads(config.read_text()) if config.is_file() else None
+        return weights, json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
     except json.JSONDecodeError as error:
         raise UserError(f"{config} is not valid JSON: {error}") from error
 
@@ -171,7 +172,7 @@ def from_disk(weights: Mapping[str, Tensor]) -> Weights:
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file that is either whole or as it was: temporary file beside it, flush, fsync, replace."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -190,8 +191,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types here: truncated zip, foreign pickle, not a zip at all
         raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of this project: expected state_dict and hyper_parameters in it")
+    found = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(found, dict) or not {"model", "config"} <= found.keys():
+        raise UserError(f"{path} is not a checkpoint of this project: train.py writes best.ckpt and last.ckpt")
     return checkpoint
 
 
@@ -210,6 +212,11 @@ def training_config(source: str | os.PathLike[str], needed: bool) -> dict[str, A
             f"{source} was trained on a source class of your own, which a checkpoint may not start: add data=NAME"
         )
     return config
+
+
+def absolute(source: str) -> str:
+    """A local path made absolute; a hub id as it is."""
+    return os.path.abspath(os.path.expanduser(source)) if os.path.exists(os.path.expanduser(source)) else source
 
 
 def model_name(source: str | os.PathLike[str], trained: Mapping[str, Any]) -> str:
@@ -236,7 +243,7 @@ def _read_tensors(path: Path) -> Weights:
 
 
 def _download(repository: str) -> Path:
-    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or Path(repository).suffix:
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or Path(repository).suffix in _FILES:
         raise UserError(f"no checkpoint at {repository}: expected a folder, a .ckpt file or a hub id owner/name")
     from huggingface_hub import snapshot_download
 

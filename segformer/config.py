@@ -5,7 +5,7 @@ from typing import Any
 
 from segformer.errors import UserError, nearest
 
-# depths, hidden sizes and decoder width of the paper's table 6 (arXiv 2105.15203)
+# depths, hidden sizes and decoder width as published (arXiv 2105.15203)
 VARIANTS: dict[str, dict[str, Any]] = {
     "b0": {"depths": [2, 2, 2, 2], "hidden_sizes": [32, 64, 160, 256], "decoder_hidden_size": 256},
     "b1": {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 256},
@@ -20,8 +20,9 @@ class SegformerConfig:
     """Architecture of a SegFormer; keywords, attributes and `config.json` are Hugging Face's.
 
     `num_labels`, `id2label` and `label2id` describe the classes (two when nothing is given). Keywords this class does
-    not know are kept as attributes and written back, as its peer does. Every LayerNorm is built with eps 1e-5:
-    `layer_norm_eps` is carried for compatibility only, as in transformers, whose model never reads it.
+    not know are kept as attributes and written back, as its peer does. Carried for compatibility only: `layer_norm_eps`
+    (every LayerNorm is built with 1e-5; transformers' model never reads it either) and `initializer_range` (weights
+    start as the original's, see `model._init_encoder`).
 
     Source: transformers' configuration_segformer (fields and defaults); the paper for their meaning.
     """
@@ -75,7 +76,7 @@ class SegformerConfig:
             raise UserError(f"num_labels is {num_labels} but id2label names {len(id2label)} classes")
         if id2label is None:
             id2label = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
-        self.id2label = {int(index): name for index, name in id2label.items()}
+        self.id2label = dict(sorted((int(key), name) for key, name in id2label.items()))
         self.label2id = dict(label2id) if label2id else {name: index for index, name in self.id2label.items()}
         for name, value in kwargs.items():
             setattr(self, name, value)

@@ -84,7 +84,10 @@ def tidy(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        here = Path.cwd()
         for empty in (Path(folder), *list(Path(folder).parents)[:2]):
+            if here.is_relative_to(empty):  # where the command was started is not ours to remove
+                break
             with suppress(OSError):  # not empty, or gone already
                 empty.rmdir()
 
@@ -111,4 +114,5 @@ def _sentence(error: Exception) -> str | None:  # noqa: PLR0911 (one return a ki
         group, _, choice = str(error.missing_cfg_file).rpartition("/")  # type: ignore[attr-defined]
         options = sorted(error.options)  # type: ignore[attr-defined]
         return f"no config {group}={choice}{nearest(choice, options)}: choose from {', '.join(options)}"
-    return " ".join(line.strip() for line in str(error).splitlines() if "HYDRA_FULL_ERROR" not in line).strip()
+    text = str(error).replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
+    return " ".join(line.strip() for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line).strip()

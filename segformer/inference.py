@@ -69,7 +69,7 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
     """Label maps of a batch of images at the images' own size.
 
     model: maps normalised (B, 3, h, w) to an output whose `.logits` are (B, K, h/4, w/4); run in eval mode.
-    images: uint8 RGB (B, 3, H, W) on the model's device. Returns (B, H, W) uint8, int16 above 256 classes. An autocast
+    images: uint8 RGB (B, 3, H, W) on the model's device. Returns (B, H, W) uint8, int16 above 255 classes. An autocast
     around the call is honoured for the network; logits are resized and compared in float32.
     """
     training = model.training
@@ -79,7 +79,8 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
             height, width = images.shape[-2:]
             for size in protocol.sizes(height, width):
                 images = resize(images, *size)
-            logits = _logits(model, normalize(images), protocol)
+            pixels = normalize(images).to(next(model.parameters()).dtype)  # half weights take half pixels
+            logits = _logits(model, pixels, protocol)
             return upsample_argmax(logits, height, width)
     finally:
         model.train(training)
@@ -88,10 +89,10 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
 def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
     """argmax over classes of bilinearly resized logits (align_corners False), a band of rows at a time.
 
-    logits: (B, K, h, w) -> (B, height, width) uint8, int16 above 256 classes.
+    logits: (B, K, h, w) -> (B, height, width) uint8, int16 above 255 classes.
     """
     batch, classes, rows, columns = logits.shape
-    dtype = torch.uint8 if classes <= 256 else torch.int16
+    dtype = torch.uint8 if classes <= 255 else torch.int16
     if (rows, columns) == (height, width):
         return logits.argmax(dim=1).to(dtype)
     with torch.autocast(logits.device.type, enabled=False):

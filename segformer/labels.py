@@ -36,6 +36,10 @@ class Classes:
 
         `ignore` lists the raw values that count as "no label", or is "rest": every value not listed.
         """
+        if not isinstance(classes, Sequence | Mapping) or isinstance(classes, str):
+            raise UserError(
+                f"data.classes is {classes!r}, expected a list of names or {{name: {{color: ..., ids: ...}}}}"
+            )
         table = classes if isinstance(classes, Mapping) else dict.fromkeys(classes)
         if not 1 <= len(table) <= MAX_CLASSES or len(table) != len(classes):
             raise UserError(f"data.classes holds {len(classes)} names, expected 1 to {MAX_CLASSES} different ones")
@@ -46,6 +50,8 @@ class Classes:
         taken: dict[int, str] = {}
         for index, (name, value) in enumerate(table.items()):
             entry = value or {}
+            if not isinstance(entry, Mapping):
+                raise UserError(f"data.classes.{name} is {entry!r}, expected {{color: [r, g, b], ids: [raw, ...]}}")
             if unknown := set(entry) - {"color", "ids"}:
                 raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected color and ids")
             for raw in _raw_ids(f"data.classes.{name}.ids", entry.get("ids", [index])):
@@ -55,7 +61,10 @@ class Classes:
                     )
                 taken[raw] = str(name)
                 lookup[raw] = index
-            palette[index] = entry.get("color", palette[index])
+            color = entry.get("color", palette[index].tolist())
+            if not isinstance(color, Sequence) or len(color) != 3 or any(byte not in range(256) for byte in color):
+                raise UserError(f"data.classes.{name}.color is {color!r}, expected [red, green, blue] from 0 to 255")
+            palette[index] = color
         return cls(tuple(str(name) for name in table), palette, lookup)
 
     def __len__(self) -> int:
@@ -130,6 +139,10 @@ def distinct_colors(count: int) -> np.ndarray:
 
 
 def _raw_ids(where: str, ids: Any) -> list[int]:
-    if isinstance(ids, (str, int)) or any(not isinstance(raw, int) or not 0 <= raw < _RAW_VALUES for raw in ids):
+    if (
+        not isinstance(ids, Sequence)
+        or isinstance(ids, str)
+        or any(not isinstance(raw, int) or not 0 <= raw < _RAW_VALUES for raw in ids)
+    ):
         raise UserError(f"{where} is {ids!r}, expected a list of raw mask values from 0 to {_RAW_VALUES - 1}")
     return list(ids)

@@ -47,15 +47,15 @@ class _PixelCrossEntropy(torch.autograd.Function):
             total, gradient = _bands(maps, labels, ignore_index, with_gradient=ctx.needs_input_grad[0])
             valid = (labels != ignore_index).sum()
             count = valid.clamp(min=1) if denominator == "valid" else torch.full_like(valid, labels.numel())
-            if gradient is not None:
-                ctx.save_for_backward(gradient.div_(count).to(logits.dtype))
+            if gradient is not None:  # divided in backward: a loss scale must come before the rounding to half
+                ctx.save_for_backward(gradient.to(logits.dtype), count)
             return (total / count).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None, None, None
+        gradient, count = ctx.saved_tensors
+        return gradient * (grad_output / count), None, None, None
 
 
 def _bands(maps: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -65,14 +65,15 @@ def _bands(maps: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool)
     vertical = bilinear_matrix(height, rows, maps.device, maps.dtype)  # (H, h)
     across = bilinear_matrix(width, columns, maps.device, maps.dtype)  # (W, w)
     band = max(1, BAND_NUMBERS.get(maps.device.type, BAND_NUMBERS["cuda"]) // (columns * classes))
-    total = torch.zeros((), dtype=torch.float64, device=maps.device)
+    wide = torch.float32 if maps.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    total = torch.zeros((), dtype=wide, device=maps.device)
     gradient = torch.zeros_like(maps) if with_gradient else None
     for image in range(batch):
         for out, source in row_bands(height, rows, band):
             down = vertical[out, source]  # (R, rows of the source)
             logits = upsample_rows(maps[image, :, source], down, across)  # (K, R, W)
             nll, slope = _score(logits.view(classes, -1), labels[image, out].reshape(-1), ignore_index)
-            total += nll.sum(dtype=torch.float64)
+            total += nll.sum(dtype=wide)
             if gradient is not None:
                 narrow = (slope.view(-1, columns) @ across).view(classes, -1, width)  # (K, R, w)
                 gradient[image, :, source] += down.T @ narrow

@@ -14,7 +14,7 @@ from torch import Tensor
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     """(K, K) int64: row = label, column = prediction. Pixels labelled outside 0..K-1 (255 = ignore) do not count.
 
-    prediction and label: equal shapes; predictions lie in 0..K-1. Stays on the device and never synchronises.
+    prediction and label: equal shapes; predictions lie in 0..K-1. Stays on the device.
     """
     # one row for each of the 256 values a label byte can hold: cheaper than masking the ignored pixels out first
     key = label.to(torch.int32) * classes + prediction.to(torch.int32)

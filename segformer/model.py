@@ -231,8 +231,11 @@ class SegformerDecodeHead(nn.Module):
         self.linear_fuse = nn.Conv2d(width * len(config.hidden_sizes), width, 1, bias=False)
         self.batch_norm = nn.BatchNorm2d(width)
         # element-wise as transformers; NVlabs drops whole channels ("channel"), a stronger regulariser
-        channel_wise = getattr(config, "classifier_dropout_kind", "element") == "channel"
-        self.dropout = (nn.Dropout2d if channel_wise else nn.Dropout)(config.classifier_dropout_prob)
+        kinds = {"element": nn.Dropout, "channel": nn.Dropout2d}
+        kind = getattr(config, "classifier_dropout_kind", "element")
+        if kind not in kinds:
+            raise UserError(f"classifier_dropout_kind is {kind!r}, expected 'element' or 'channel'")
+        self.dropout = kinds[kind](config.classifier_dropout_prob)
         self.classifier = nn.Conv2d(width, config.num_labels, 1)
         self.merged = True
         nn.init.kaiming_normal_(self.linear_fuse.weight, mode="fan_out", nonlinearity="relu")

@@ -40,14 +40,15 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 def bilinear_matrix(source: int, target: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """(target, source) weights of one axis of a bilinear resize (align_corners False): each row sums to one."""
-    centre = ((torch.arange(target, device=device, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(min=0)
+    exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+    centre = ((torch.arange(target, device=exact, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(min=0)
     low = centre.floor().long().clamp(max=source - 1)
     high = (low + 1).clamp(max=source - 1)
     weight = (centre - low).to(dtype)
-    rows = torch.arange(target, device=device)
-    matrix = torch.zeros(target, source, device=device, dtype=dtype)
+    rows = torch.arange(target, device=exact)
+    matrix = torch.zeros(target, source, device=exact, dtype=dtype)
     matrix[rows, low] = 1 - weight
-    return matrix.index_put_((rows, high), weight, accumulate=True)
+    return matrix.index_put_((rows, high), weight, accumulate=True).to(device)
 
 
 def row_bands(source: int, target: int, rows: int) -> Iterator[tuple[slice, slice]]:

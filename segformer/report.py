@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def write_report(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "segformer": version("segformer"),
+            "segformer": _own_version(),
         },
     }
     path = folder / "report.json"
@@ -99,7 +99,7 @@ def _markdown(report: Mapping[str, Any]) -> str:
         "",
         " | ".join(f"{label} **{_percent(report[key])}**" for key, label in _HEADLINE.items()),
         "",
-        f"{report['images']} images; {describe(Protocol(**settings))}; precision {report.get('precision', 'unknown')}.",
+        f"{_counted(report)} images; {describe(Protocol(**settings))}; precision {report.get('precision', 'unknown')}.",
         f"Checkpoint: `{report.get('checkpoint', 'unknown')}`.",
         "",
         "| class | IoU | Acc | Dice | pixels |",
@@ -113,12 +113,24 @@ def _markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _counted(report: Mapping[str, Any]) -> str:
+    whole = report.get("split_images", report["images"])
+    return str(whole) if whole == report["images"] else f"only {report['images']} of {whole}"
+
+
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _own_version() -> str:
+    try:
+        return version("segformer")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "not installed"
 
 
 def _cell(text: str) -> str:

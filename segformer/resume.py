@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from segformer.checkpoints import Pretrained, write_atomically
+from segformer.checkpoints import Pretrained, load_checkpoint, write_atomically
 from segformer.errors import UserError
 
 # what may differ when a run goes on: where it computes, never what it computes
@@ -37,16 +37,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
 
-def best_checkpoint(run: Path) -> ModelCheckpoint:
-    """Keeps `best.ckpt`, the checkpoint of the highest val/miou."""
-    return ModelCheckpoint(
-        run,
-        filename="best",
-        monitor="val/miou",
-        mode="max",
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`, the checkpoint of the highest val/miou, also when the run folder has moved since."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(
+            run,
+            filename="best",
+            monitor="val/miou",
+            mode="max",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        self.path = str(run / "best.ckpt")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        moved = {**state_dict, "dirpath": self.dirpath}  # of another folder Lightning forgets the best score
+        for key in ("best_model_path", "kth_best_model_path"):
+            moved[key] = self.path if moved[key] else ""
+        moved["best_k_models"] = dict.fromkeys([self.path][: len(moved["best_k_models"])], moved["best_model_score"])
+        super().load_state_dict(moved)
 
 
 class LastCheckpoint(Checkpoint):
@@ -59,15 +69,20 @@ class LastCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
         if trainer.is_global_zero and not self.debug:
+            claim = self.path.with_name("config.yaml")
+            if claim.exists() and trainer.ckpt_path is None:
+                raise UserError(f"{claim.parent} holds a run already: give a new folder, or resume={claim.parent}")
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path.with_name("config.yaml"), lambda file: file.write(text.encode()))
+            claim.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(claim, lambda file: file.write(text.encode()))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # a resumed run would skip a validation that is due right after the checkpoint: that one is saved after it
-        validates = (batch_idx + 1) % (trainer.val_check_batch or 1) == 0 or trainer.global_step == trainer.max_steps
+        validates = trainer.enable_validation and (
+            (batch_idx + 1) % (trainer.val_check_batch or 1) == 0 or trainer.global_step == trainer.max_steps
+        )
         if trainer.global_step % self.interval == 0 and not validates:
             self._save(trainer)
 
@@ -83,10 +98,26 @@ class LastCheckpoint(Checkpoint):
 
 def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, dict[str, Any], Path | None]:
     """The folder, the configuration and the checkpoint to go on from (None for a new run)."""
-    if config["resume"] and (found := go_on(config["resume"], config, overrides)):
-        run, saved = found
-        return run, saved, run / "last.ckpt"
-    return Path(config["run"]), _with_absolute_paths(config), None
+    config = _with_absolute_paths(config)
+    run, checkpoint = Path(config["run"]), None
+    if config["resume"] and (found := go_on(str(config["resume"]), config, overrides)):
+        run, config = found
+        checkpoint = run / "last.ckpt"
+    for section, key in (
+        ("trainer", "max_steps"),
+        ("trainer", "val_check_interval"),
+        ("trainer", "checkpoint_interval"),
+    ):
+        value = config[section][key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{section}.{key} is {value!r}, expected an integer of at least 1")
+    if not isinstance(config["seed"], int) or config["seed"] < 0:
+        raise UserError(f"seed is {config['seed']!r}, expected an integer of at least 0")
+    if config["trainer"].get("accumulate_grad_batches", 1) != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches cannot be set: data.batch_size is what one optimiser step sees"
+        )
+    return run, config, checkpoint
 
 
 def record(model: Pretrained, config: dict[str, Any]) -> dict[str, Any]:
@@ -97,14 +128,14 @@ def record(model: Pretrained, config: dict[str, Any]) -> dict[str, Any]:
 def closing_words(trainer: pl.Trainer, best: ModelCheckpoint) -> float:
     """Prints the best checkpoint and the command that evaluates it; returns its val/miou."""
     if not best.best_model_path or best.best_model_score is None:
-        trainer.print("nothing was saved")
+        trainer.print("nothing was scored, so there is no best.ckpt")
         return float("nan")
     score = float(best.best_model_score)
-    path = os.path.relpath(best.best_model_path)
-    if not re.fullmatch(r"[\w./-]+", path):  # Hydra's grammar, inside the shell's
+    path = _short(best.best_model_path)
+    if not re.fullmatch(r"[\w./-]+", path, re.ASCII):  # Hydra's grammar, inside the shell's
         path = shlex.quote('"' + path.replace('"', '\\"') + '"')
     launcher = "uv run" if "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
-    script = os.path.relpath(Path(sys.argv[0]).with_name("evaluate.py"))
+    script = _short(Path(sys.argv[0]).with_name("evaluate.py"))
     trainer.print(f"best val/miou {score:.4f}: {launcher} {shlex.quote(script)} checkpoint={path}")
     return score
 
@@ -117,20 +148,27 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
     change what is computed is refused by name.
     """
     if resume == "auto":
-        parent = Path(config["run"]).parent
-        candidates = sorted(parent.glob("*/last.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not candidates:
+        runs = sorted(Path(config["run"]).parent.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        if (
+            not runs or not runs[-1].with_name("last.ckpt").is_file()
+        ):  # none, or one stopped before its first checkpoint
             return None
-        run = candidates[-1].parent
+        run = runs[-1].parent
     else:
-        run = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-    run = run.absolute()
+        run = Path(resume).expanduser().absolute()
+        if run.name == "last.ckpt":
+            run = run.parent
     for name in ("last.ckpt", "config.yaml"):
         if not (run / name).is_file():
             raise UserError(
                 f"cannot resume {run}: it has no {name}, expected the folder of a run that reached a checkpoint"
             )
-    saved = yaml.safe_load((run / "config.yaml").read_text())
+    load_checkpoint(run / "last.ckpt")  # a damaged one is told now
+    try:
+        saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        saved["choices"], saved["data"], saved["trainer"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise UserError(f"{run / 'config.yaml'} is damaged: restore it, or start a new run") from error
     for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
         allowed = any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)
         found, stored = _value(config, key), _value(saved, key)
@@ -160,11 +198,18 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
+def _short(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # on another drive
+        return os.path.abspath(path)
+
+
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Paths are relative to where the command starts: made absolute before anything stores them."""
     config = {**config, "data": dict(config["data"]), "model": dict(config["model"])}
     if config["data"].get("root"):
-        config["data"]["root"] = os.path.abspath(os.path.expanduser(config["data"]["root"]))
+        config["data"]["root"] = os.path.abspath(os.path.expanduser(str(config["data"]["root"])))
     if config["model"].get("pretrained") and Path(config["model"]["pretrained"]).exists():
         config["model"]["pretrained"] = os.path.abspath(config["model"]["pretrained"])
     return config

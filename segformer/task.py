@@ -72,7 +72,7 @@ class SegmentationTask(pl.LightningModule):
         torch.manual_seed(mix(self.seed, self.global_step, accumulated, self.global_rank))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self.model(normalize(batch["image"])).logits
+        logits = self.model(normalize(batch["image"]).to(self.dtype)).logits
         loss = pixel_cross_entropy(logits, batch["mask"], denominator=self.loss_denominator)
         self.log_dict({"train/loss": loss, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         return loss

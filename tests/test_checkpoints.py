@@ -120,9 +120,12 @@ def test_what_is_no_checkpoint_is_told(tmp_path) -> None:
         SegformerForSemanticSegmentation.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot fetch nobody/nothing from the hub"):
         SegformerForSemanticSegmentation.from_pretrained("nobody/nothing")
-    torch.save({"weights": 1}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        load_checkpoint(tmp_path / "other.ckpt")
+    for content in ({"weights": 1}, {"state_dict": {}, "hyper_parameters": {"lr": 1}}, [1]):
+        torch.save(content, tmp_path / "other.ckpt")
+        with pytest.raises(UserError, match="not a checkpoint of this project"):
+            load_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="cannot fetch owner/segformer-v1.5"):  # a dot is no file ending
+        SegformerForSemanticSegmentation.from_pretrained("owner/segformer-v1.5")
     with pytest.raises(UserError, match="no checkpoint file at"):
         training_config(tmp_path / "nowhere.ckpt", needed=True)
 

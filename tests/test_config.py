@@ -28,6 +28,11 @@ def test_classes_come_from_a_count_or_from_names() -> None:
     assert SegformerConfig.from_dict(named.to_dict(), num_labels=5).num_labels == 5
 
 
+def test_classes_are_ordered_by_id_whatever_the_file_says() -> None:
+    shuffled = {str(index): f"c{index}" for index in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)}
+    assert list(SegformerConfig(id2label=shuffled).id2label.values()) == [f"c{index}" for index in range(12)]
+
+
 def test_variants_are_the_published_sizes() -> None:
     assert {name: sum(sizes["depths"]) for name, sizes in VARIANTS.items()} == {
         "b0": 8, "b1": 8, "b2": 16, "b3": 28, "b4": 41, "b5": 52

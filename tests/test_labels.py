@@ -39,6 +39,12 @@ def test_an_undeclared_value_names_file_values_and_fix() -> None:
         ({"a": {"colour": [1, 2, 3]}}, [255], "key 'colour', expected color and ids"),
         (["a"], 255, "data.ignore is 255, expected a list"),
         (["a"], [70000], "expected a list of raw mask values"),
+        ("road", [255], "data.classes is 'road', expected a list of names"),
+        (None, [255], "data.classes is None"),
+        ({"a": 7}, [255], "data.classes.a is 7"),
+        ({"a": {"ids": 7}}, [255], "data.classes.a.ids is 7"),
+        ({"a": {"color": "red"}}, [255], "data.classes.a.color is 'red'"),
+        ({"a": {"color": [300, 0, 0]}}, [255], "from 0 to 255"),
     ],
 )
 def test_contradictory_contracts_are_told(classes, ignore, message) -> None:

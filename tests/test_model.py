@@ -150,6 +150,11 @@ def test_drop_path_ramps_linearly_over_all_blocks(tiny) -> None:
     assert rates == pytest.approx([0.1 * index / 5 for index in range(6)])
 
 
+def test_an_unknown_dropout_kind_is_told() -> None:
+    with pytest.raises(UserError, match="classifier_dropout_kind is 'chanel'"):
+        SegformerForSemanticSegmentation(SegformerConfig(**TINY, classifier_dropout_kind="chanel"))
+
+
 def test_channel_dropout_drops_whole_channels() -> None:
     model = SegformerForSemanticSegmentation(SegformerConfig(**TINY, classifier_dropout_kind="channel"))
     assert isinstance(model.decode_head.dropout, torch.nn.Dropout2d)

@@ -125,9 +125,8 @@ def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
 def test_a_users_own_dataset_is_three_lines_of_yaml(here, run, potholes) -> None:
     (here / "my_configs" / "data").mkdir(parents=True)
     (here / "my_configs" / "data" / "potholes.yaml").write_text(
-        "# @package _global_\n"
         "defaults: [folder, _self_]\n"
-        f"data: {{root: {potholes.name}, classes: [background, pothole]}}\n"
+        f"root: {potholes.name}\nclasses: [background, pothole]\n"
     )
     code, out, err = run(train, "-cd", "my_configs", "data=potholes", "model.pretrained=null", *SHORT)
     assert code == 0, err
@@ -192,11 +191,62 @@ def test_a_broken_run_goes_on_as_if_unbroken(here, run, cut, resumes_at) -> None
     assert code == 0 and "best val/miou" in out and rows(broken, "val/miou") == rows(unbroken, "val/miou")
 
 
+def test_a_moved_run_keeps_its_best_and_a_relative_root_resumes(here, run, potholes) -> None:
+    command = [
+        "data=folder",
+        "data.root=potholes",
+        "data.classes=[background,pothole]",
+        "model.pretrained=null",
+        *SHORT,
+    ]
+    with pytest.raises(ConnectionError):
+        run(train, *command, "+logger.bomb._target_=tests.test_train_evaluate.Bomb", "+logger.bomb.step=6")
+    moved = only_run(here).rename(here / "moved")
+    before = torch.load(moved / "best.ckpt", weights_only=True)["callbacks"]
+    score = next(state["best_model_score"] for state in before.values() if "best_model_score" in state)
+    saved = yaml.safe_load((moved / "config.yaml").read_text())
+    (moved / "config.yaml").write_text(yaml.safe_dump({**saved, "logger": {}}))
+    code, out, err = run(train, *command, "resume=moved")
+    assert code == 0, err
+    assert float(out.partition("best val/miou ")[2][:6]) >= round(float(score), 4)
+    assert "checkpoint=moved/best.ckpt" in out
+
+
+def test_damaged_runs_are_told_before_anything_starts(here, run) -> None:
+    run(train, *SMALL, "trainer.max_steps=2")
+    folder = only_run(here)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text("")
+    assert "config.yaml is damaged" in told(run(train, f"resume={folder}"))
+    (folder / "config.yaml").write_text(text)
+    assert "has no last.ckpt" in told(run(train, f"resume={folder / 'best.ckpt'}"))
+    (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:5000])
+    assert "cannot read checkpoint" in told(run(train, f"resume={folder}"))
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(here, run) -> None:
+    run(train, *SMALL, "trainer.max_steps=2", "hydra.run.dir=mine")
+    before = (here / "mine" / "best.ckpt").read_bytes()
+    assert "holds a run already" in told(run(train, *SMALL, "trainer.max_steps=2", "hydra.run.dir=mine"))
+    assert (here / "mine" / "best.ckpt").read_bytes() == before and rows(here / "mine", "val/miou")
+
+
+def test_half_weights_train_and_score(here, run) -> None:
+    code, _, err = run(train, *SMALL, "trainer.max_steps=2", "trainer.precision=bf16-true")
+    assert code == 0, err
+
+
+def test_without_validation_the_last_step_is_kept(here, run) -> None:
+    code, out, _ = run(train, *SMALL, "trainer.limit_val_batches=0")
+    assert code == 0 and "nothing was scored" in out
+    assert torch.load(only_run(here) / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
 def test_resuming_with_another_recipe_is_refused_by_name(here, run) -> None:
     run(train, *SMALL, "trainer.max_steps=2")
     folder = only_run(here)
     sentence = told(run(train, f"resume={folder}", "optim.lr=1"))
-    assert "cannot change optim.lr from 0.0015 to 1 when resuming" in sentence
+    assert "cannot change optim.lr from 0.006 to 1 when resuming" in sentence
     assert "cannot change data from toy to folder" in told(
         run(train, f"resume={folder}", "data=folder", "data.root=x", "data.classes=[a]")
     )
@@ -206,8 +256,10 @@ def test_resuming_with_another_recipe_is_refused_by_name(here, run) -> None:
     assert only_run(here) == folder
 
 
-def test_a_killed_process_resumes(here) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "trainer.max_steps=60", "trainer.val_check_interval=20"]
+def test_a_killed_process_resumes_and_its_last_line_is_a_command(here) -> None:
+    here = here / "a folder, ü"  # the printed command goes through a shell and Hydra's grammar
+    here.mkdir()
+    command = [sys.executable, str(train), *SMALL, "trainer.max_steps=60", "trainer.val_check_interval=20"]
     process = subprocess.Popen(command, cwd=here, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(here.glob("runs/*/*/last.ckpt")) and time.monotonic() < deadline:
@@ -217,12 +269,18 @@ def test_a_killed_process_resumes(here) -> None:
     folder = only_run(here)
     step = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
     assert 0 < step < 60
-    done = subprocess.run(
-        [sys.executable, str(train), "resume=auto"], cwd=here, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("UV_RUN_RECURSION_DEPTH", None)  # python, not uv run, is what this environment offers
+    options = {"capture_output": True, "text": True, "env": environment}
+    done = subprocess.run([sys.executable, str(train), f"resume='{folder}'"], cwd=here, check=False, **options)
     assert done.returncode == 0, done.stderr
-    assert "best val/miou" in done.stdout.strip().splitlines()[-1]
     assert sorted(rows(folder, "train/loss")) == list(range(60))
+    os.chdir(here.parent)  # so that the path in the command has a blank in it
+    shown = subprocess.run([sys.executable, str(train), f"resume='{folder}'"], cwd=here.parent, check=False, **options)
+    told_command = shown.stdout.strip().splitlines()[-1].partition(": ")[2]
+    assert "a folder" in told_command
+    scored = subprocess.run(told_command, shell=True, cwd=here.parent, check=False, **options)
+    assert scored.returncode == 0, scored.stderr
 
 
 BAD = {
@@ -244,7 +302,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_sentence_and_leaves_nothing_behind(here, run, what) -> None:
     overrides, expected = BAD[what]
-    sentence = told(run(train, *overrides, *(SHORT if "data=camvid" in overrides else SMALL)))
+    sentence = told(run(train, *(SHORT if "data=camvid" in overrides else SMALL), *overrides))
     assert expected in sentence
     if what not in ("bad schedule", "text for a number", "no steps"):  # found when the run folder stands
         assert not list(here.iterdir())
@@ -291,4 +349,4 @@ def test_loggers_by_name(here, run, logger) -> None:
 
 def test_debug_runs_two_steps_and_writes_nothing(here, run) -> None:
     code, out, _ = run(train, *SMALL, "trainer=debug")
-    assert code == 0 and "nothing was saved" in out and not list(here.iterdir())
+    assert code == 0 and "nothing was scored" in out and not list(here.iterdir())

@@ -34,7 +34,12 @@ class Pairs:
     def __init__(self, root: str | Path | None, images: str, masks: str) -> None:
         if root is None:
             raise UserError("data.root is not set: add data.root=FOLDER, the folder that holds the images and masks")
-        root = Path(root)
+        root = Path(root).expanduser()
+        for pattern in (images, masks):
+            if any(sign in pattern for sign in ("**", "?", "[")) or Path(pattern).is_absolute():
+                raise UserError(
+                    f"pattern {pattern!r}: expected a path below data.root in which only single stars stand"
+                )
         if not root.is_dir():
             raise UserError(f"data.root={root} is not a folder: give the folder that holds {images} and {masks}")
         if images.count("*") != masks.count("*"):
@@ -76,6 +81,8 @@ class Pairs:
 
 def open_source(split: str, spec: Any, root: str | None) -> Source:
     """The source of one split: {images, masks} globs, {scenes, seed} of the toy dataset, or a source object itself."""
+    if spec is None or isinstance(spec, str | int | float | list):
+        raise UserError(f"data.{split} is {spec!r}, expected {{images: pattern, masks: pattern}}")
     if not isinstance(spec, Mapping):
         return spec  # built by the user's own `_target_`
     if "scenes" in spec:

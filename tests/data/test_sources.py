@@ -50,6 +50,14 @@ def test_wrong_roots_and_patterns_are_told(potholes) -> None:
         Pairs(potholes, "pictures/*", "masks/train/*")
     with pytest.raises(UserError, match="different numbers of stars"):
         Pairs(potholes, "images/*/*", "masks/train/*")
+    for pattern in ("images/**/*.png", "images/a?.png", "/images/*.png"):
+        with pytest.raises(UserError, match="only single stars"):
+            Pairs(potholes, pattern, "masks/train/*")
+    for spec in (None, "images"):
+        with pytest.raises(UserError, match="data.train is .*expected {images: pattern, masks: pattern}"):
+            open_source("train", spec, str(potholes))
+    with pytest.raises(UserError, match="data.train.scenes is 'many', expected an integer"):
+        open_source("train", {"scenes": "many"}, None)
     with pytest.raises(UserError, match="unknown key 'data.train.mask'"):
         open_source("train", {"images": "*", "mask": "*"}, str(potholes))
 
