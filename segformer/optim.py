@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from segformer.errors import UserError
-
 
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, head_lr_multiplier: float
@@ -64,8 +62,6 @@ def adamw(
     power: float,
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """The recipe's optimiser and its schedule, counted in optimiser steps."""
-    if max_steps < 1:
-        raise UserError(f"trainer.max_steps is {max_steps}, expected at least 1")
     groups = parameter_groups(model, lr, weight_decay, head_lr_multiplier)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
     factor = warmup_poly(max_steps, warmup_steps, warmup_ratio, power)

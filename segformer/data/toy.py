@@ -48,7 +48,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     scene.sky()
     scene.buildings()
     scene.ground()
-    near_to_far = [(rng.uniform(0.45, 1), kind) for kind in _crowd(rng)]
+    near_to_far = [(rng.uniform(0.5, 1), kind) for kind in _crowd(rng)]
     for depth, kind in sorted(near_to_far):  # far things first: near ones cover them
         kind(scene, depth)
     scene.ignored()
@@ -134,7 +134,7 @@ class _Scene:
         self._paint(self._box(x - size * 0.04, y - size * 0.5, x + size * 0.04 + 1, y), TREE, trunk, depth)
         for shade in (0.75, 0.9, 1.0, 1.12):
             dx, dy = self.rng.uniform(-0.16, 0.16), self.rng.uniform(-0.86, -0.5)
-            crown = self._disc(x + dx * size, y + dy * size, size * self.rng.uniform(0.15, 0.25))
+            crown = self._disc(x + dx * size, y + dy * size, size * self.rng.uniform(0.18, 0.27))
             self._paint(crown, TREE, leaf * shade, depth, rough=1.8)
 
     def car(self, depth: float) -> None:
@@ -158,7 +158,7 @@ class _Scene:
         self._paint(self._disc(x + half * 0.9, y - size * 0.38, size * 0.07), CAR, lamp, depth, rough=0.2)
 
     def person(self, depth: float) -> None:
-        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.76)
+        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.82)
         wide, stride = size * 0.17, size * self.rng.uniform(0.02, 0.11)
         shirt, trousers = (
             self._vary(_pick(self.rng, _PAINTS), 22),
@@ -177,8 +177,8 @@ class _Scene:
     def sign(self, depth: float) -> None:
         x, y, size = self._stand(depth, on_road=False, tall=0.85)
         plate, pole = self._vary(_pick(self.rng, _PLATES), 12), self._vary((120, 120, 122), 20)
-        self._paint(self._box(x - size * 0.045, y - size * 0.7, x + size * 0.045 + 1, y), SIGN, pole, depth)
-        radius, middle = size * 0.27, y - size * 0.8
+        self._paint(self._box(x - size * 0.055, y - size * 0.7, x + size * 0.055 + 1, y), SIGN, pole, depth)
+        radius, middle = size * 0.3, y - size * 0.78
         shape = int(self.rng.integers(3))
         face, inner = (self._plate(shape, x, middle, scale) for scale in (radius, radius * 0.6))
         self._paint(face, SIGN, plate, depth, rough=0.3)
