@@ -56,7 +56,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _crowd(rng: np.random.Generator) -> list[Callable[["_Scene", float], None]]:
-    counts = {_Scene.tree: (1, 5), _Scene.car: (1, 5), _Scene.person: (2, 7), _Scene.sign: (2, 6)}
+    counts = {_Scene.tree: (1, 4), _Scene.car: (1, 4), _Scene.person: (1, 5), _Scene.sign: (1, 4)}
     return [kind for kind, (low, high) in counts.items() for _ in range(rng.integers(low, high))]
 
 
@@ -238,6 +238,7 @@ class _Scene:
             self.rng.uniform(0.25, 0.8) if on_road else self.rng.uniform(1.08, 1.08 + 0.5 / max(depth, 0.3))
         )
         x, y = self._at(offset, depth)
+        x = float(np.clip(x, self.width * 0.06, self.width * 0.94))  # most of it stays in the picture
         return x, y, tall * (12 + (self.height - self.horizon) * 1.15 * depth) * self.rng.uniform(0.85, 1.15)
 
     def _at(self, offset: float, depth: float) -> tuple[float, float]:
