@@ -36,7 +36,7 @@ def train(config: Any, overrides: list[str]) -> float:
     seed, options = seed_everything(config["seed"], verbose=False), dict(config["trainer"])
     section = instantiate(config["data"], _convert_="all")  # builds a `_target_` of the user's own, if there is one
     data = build("data", SegmentationData, section, seed=seed).opened("train", "val")
-    model, origin = build("model", build_segformer, config["model"], names=data.classes.names)
+    model, origin = build("model", build_segformer, resume.start(config, checkpoint), names=data.classes.names)
     facts = resume.record(model, config)
     task = SegmentationTask(model, data.protocol, config["optim"], options["max_steps"], seed, facts)
     best, last = resume.BestCheckpoint(run), resume.LastCheckpoint(run, options.pop("checkpoint_interval"), config)
@@ -50,7 +50,7 @@ def train(config: Any, overrides: list[str]) -> float:
         **{"num_sanity_val_steps": 0, "enable_model_summary": False},
     }
     trainer = build("trainer", Trainer, options, **own)
-    print(data.summary(), origin, f"run folder: {run}", sep="\n")
+    print(data.summary(), f"goes on from {checkpoint}" if checkpoint else origin, f"run folder: {run}", sep="\n")
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     return resume.closing_words(trainer, best)
 

@@ -103,14 +103,10 @@ def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, 
     if config["resume"] and (found := go_on(str(config["resume"]), config, overrides)):
         run, config = found
         checkpoint = run / "last.ckpt"
-    for section, key in (
-        ("trainer", "max_steps"),
-        ("trainer", "val_check_interval"),
-        ("trainer", "checkpoint_interval"),
-    ):
-        value = config[section][key]
+    for key in ("max_steps", "val_check_interval", "checkpoint_interval"):
+        value = config["trainer"][key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{section}.{key} is {value!r}, expected an integer of at least 1")
+            raise UserError(f"trainer.{key} is {value!r}, expected an integer of at least 1")
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed is {config['seed']!r}, expected an integer of at least 0")
     if config["trainer"].get("accumulate_grad_batches", 1) != 1:
@@ -118,6 +114,11 @@ def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, 
             "trainer.accumulate_grad_batches cannot be set: data.batch_size is what one optimiser step sees"
         )
     return run, config, checkpoint
+
+
+def start(config: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
+    """The section `model`; a run that goes on takes its weights from its checkpoint, not from where it once started."""
+    return config["model"] | ({"pretrained": None} if checkpoint else {})
 
 
 def record(model: Pretrained, config: dict[str, Any]) -> dict[str, Any]:
@@ -149,10 +150,8 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
     """
     if resume == "auto":
         runs = sorted(Path(config["run"]).parent.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-        if (
-            not runs or not runs[-1].with_name("last.ckpt").is_file()
-        ):  # none, or one stopped before its first checkpoint
-            return None
+        if not runs or not runs[-1].with_name("last.ckpt").is_file():
+            return None  # there is none, or it stopped before its first checkpoint
         run = runs[-1].parent
     else:
         run = Path(resume).expanduser().absolute()
