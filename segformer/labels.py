@@ -84,7 +84,7 @@ class Classes:
                 )
 
     def encode(self, raw: np.ndarray, where: str) -> np.ndarray:
-        """(H, W) raw ids -> (H, W) uint8 train ids with 255 = ignore; `where` names the file in the error.
+        """(H, W) raw ids -> (H, W) uint8 train ids with 255 = ignore; `where` names the sample in the error.
 
         Raises:
             UserError: the mask holds a value the contract does not declare.
@@ -94,7 +94,7 @@ class Classes:
             values = np.unique(raw[mask == _UNDECLARED])
             listed = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
             raise UserError(
-                f"mask {where} holds the value{'s' if len(values) > 1 else ''} {listed} "
+                f"the mask of {where} holds the value{'s' if len(values) > 1 else ''} {listed} "
                 f"({(mask == _UNDECLARED).mean():.1%} of its pixels), which none of the {len(self)} classes declares: "
                 "list it under data.classes or in data.ignore"
             )

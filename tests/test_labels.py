@@ -26,7 +26,7 @@ def test_ignore_rest_takes_every_value_not_listed() -> None:
 
 
 def test_an_undeclared_value_names_file_values_and_fix() -> None:
-    with pytest.raises(UserError, match=r"mask a.png holds the value 2 \(50.0% of its pixels\).*data.ignore"):
+    with pytest.raises(UserError, match=r"the mask of a.png holds the value 2 \(50.0% of its pixels\).*data.ignore"):
         Classes.from_config(["a", "b"]).encode(np.array([[0, 2]], np.uint8), "a.png")
 
 

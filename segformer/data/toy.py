@@ -48,7 +48,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     scene.sky()
     scene.buildings()
     scene.ground()
-    near_to_far = [(rng.uniform(0.5, 1), kind) for kind in _crowd(rng)]
+    near_to_far = [(rng.uniform(0.45, 1), kind) for kind in _crowd(rng)]
     for depth, kind in sorted(near_to_far):  # far things first: near ones cover them
         kind(scene, depth)
     scene.ignored()
@@ -56,7 +56,7 @@ def render(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _crowd(rng: np.random.Generator) -> list[Callable[["_Scene", float], None]]:
-    counts = {_Scene.tree: (1, 4), _Scene.car: (1, 4), _Scene.person: (1, 5), _Scene.sign: (1, 4)}
+    counts = {_Scene.tree: (1, 5), _Scene.car: (1, 5), _Scene.person: (2, 7), _Scene.sign: (2, 6)}
     return [kind for kind, (low, high) in counts.items() for _ in range(rng.integers(low, high))]
 
 
@@ -71,7 +71,7 @@ class _Scene:
         self.vanish = width * rng.uniform(0.3, 0.7)
         # half-widths of the road at the bottom edge, left and right of the vanishing point
         self.kerb = width * rng.uniform(0.35, 0.8, 2)
-        self.haze = rng.uniform(0, 0.35)
+        self.haze = rng.uniform(0, 0.25)
         self.grain = self._noise(3) * 8  # one texture a scene, shared by all surfaces
 
     # -- surfaces
@@ -134,7 +134,7 @@ class _Scene:
         self._paint(self._box(x - size * 0.04, y - size * 0.5, x + size * 0.04 + 1, y), TREE, trunk, depth)
         for shade in (0.75, 0.9, 1.0, 1.12):
             dx, dy = self.rng.uniform(-0.16, 0.16), self.rng.uniform(-0.86, -0.5)
-            crown = self._disc(x + dx * size, y + dy * size, size * self.rng.uniform(0.18, 0.27))
+            crown = self._disc(x + dx * size, y + dy * size, size * self.rng.uniform(0.15, 0.25))
             self._paint(crown, TREE, leaf * shade, depth, rough=1.8)
 
     def car(self, depth: float) -> None:
@@ -158,7 +158,7 @@ class _Scene:
         self._paint(self._disc(x + half * 0.9, y - size * 0.38, size * 0.07), CAR, lamp, depth, rough=0.2)
 
     def person(self, depth: float) -> None:
-        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.82)
+        x, y, size = self._stand(depth, on_road=self.rng.random() < 0.15, tall=0.76)
         wide, stride = size * 0.17, size * self.rng.uniform(0.02, 0.11)
         shirt, trousers = (
             self._vary(_pick(self.rng, _PAINTS), 22),
@@ -177,8 +177,8 @@ class _Scene:
     def sign(self, depth: float) -> None:
         x, y, size = self._stand(depth, on_road=False, tall=0.85)
         plate, pole = self._vary(_pick(self.rng, _PLATES), 12), self._vary((120, 120, 122), 20)
-        self._paint(self._box(x - size * 0.055, y - size * 0.7, x + size * 0.055 + 1, y), SIGN, pole, depth)
-        radius, middle = size * 0.3, y - size * 0.78
+        self._paint(self._box(x - size * 0.045, y - size * 0.7, x + size * 0.045 + 1, y), SIGN, pole, depth)
+        radius, middle = size * 0.27, y - size * 0.8
         shape = int(self.rng.integers(3))
         face, inner = (self._plate(shape, x, middle, scale) for scale in (radius, radius * 0.6))
         self._paint(face, SIGN, plate, depth, rough=0.3)
@@ -212,7 +212,7 @@ class _Scene:
         if self.rng.random() < 0.5:
             image = cv2.GaussianBlur(image, (3, 3), self.rng.uniform(0.3, 0.9)).astype(np.float32)
         noise = self.rng.standard_normal(image.shape, np.float32)
-        image += noise * np.float32(self.rng.uniform(1, 5))
+        image += noise * np.float32(self.rng.uniform(1, 4))
         return np.clip(image, 0, 255).astype(np.uint8)
 
     # -- helpers
@@ -238,7 +238,6 @@ class _Scene:
             self.rng.uniform(0.25, 0.8) if on_road else self.rng.uniform(1.08, 1.08 + 0.5 / max(depth, 0.3))
         )
         x, y = self._at(offset, depth)
-        x = float(np.clip(x, self.width * 0.06, self.width * 0.94))  # most of it stays in the picture
         return x, y, tall * (12 + (self.height - self.horizon) * 1.15 * depth) * self.rng.uniform(0.85, 1.15)
 
     def _at(self, offset: float, depth: float) -> tuple[float, float]:
