@@ -93,7 +93,7 @@ class RandomCropMaxRatio(A.DualTransform):
 
     def _draw(self, shape: tuple[int, ...]) -> tuple[slice, slice]:
         starts = [
-            self.py_random.randint(0, max(side - crop, 0)) for side, crop in zip(shape, self.crop_size, strict=False)
+            self.py_random.randint(0, max(side - crop, 0)) for side, crop in zip(shape[:2], self.crop_size, strict=True)
         ]
         rows, columns = (slice(start, start + crop) for start, crop in zip(starts, self.crop_size, strict=True))
         return rows, columns
