@@ -45,12 +45,12 @@ def train(config: Any, overrides: list[str]) -> float:
         "callbacks": [callbacks.Progress(data.batch_size), callbacks.Previews(run, data.classes), best, last],
         "logger": [callbacks.MetricsFile(run), *loggers],
         "plugins": [resume.AtomicCheckpointIO()],
-        "check_val_every_n_epoch": None,  # the order of samples is endless: intervals count steps
-        "use_distributed_sampler": False,  # ours neither pads nor repeats
-        **{"num_sanity_val_steps": 0, "enable_model_summary": False},
     }
-    trainer = build("trainer", Trainer, options, **own)
-    print(data.summary(), f"goes on from {checkpoint}" if checkpoint else origin, f"run folder: {run}", sep="\n")
+    trainer = build("trainer", Trainer, options, **own, **resume.LOOP)
+    resume.share_batches(trainer, data)
+    if trainer.is_global_zero:
+        print(data.summary(trainer.world_size), task.summary(), sep="\n")
+        print(f"goes on from {checkpoint}" if checkpoint else origin, f"run folder: {run}", sep="\n")
     trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     return resume.closing_words(trainer, best)
 

@@ -27,6 +27,7 @@ LINE_SECONDS = 15  # between two lines of progress where there is no terminal to
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # advertisements, one banner a device
 for _message in (
     r".*treespec, LeafSpec.*",  # Lightning 2.6 calls a helper that torch deprecated
+    r".*recommended to use `self.log\('val/.*sync_dist=True.*",  # the matrix is summed over processes before
     r".*does not have many workers.*",  # `data.workers` is the user's choice, printed at the start
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
     r".*Experiment logs directory .* exists and is not empty.*",  # likewise; MetricsFile keeps the rows

@@ -4,6 +4,7 @@ Everything else is a bug of ours and keeps its traceback.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,14 +75,26 @@ def explained() -> Iterator[None]:
         sentence = _sentence(error)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error{f' in process {process()}' if process() else ''}: {sentence}", file=sys.stderr)
         sys.exit(1)
+
+
+def process() -> int:
+    """The number of this process among those that a launcher started, from its environment; 0 without one."""
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # in Lightning's order
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 @contextmanager
 def tidy(folder: str) -> Iterator[None]:
-    """A command that stops before it writes anything leaves no empty folder behind, nor its two empty parents."""
+    """A command that stops before it writes anything leaves no empty folder behind, nor its two empty parents.
+
+    Only the first of several processes writes: the others do without a folder from the start.
+    """
     try:
+        if process():
+            with suppress(OSError):
+                Path(folder).rmdir()
         yield
     finally:
         here = Path.cwd()
@@ -92,10 +105,28 @@ def tidy(folder: str) -> Iterator[None]:
                 empty.rmdir()
 
 
+def _worker_sentence(text: str) -> str | None:
+    if "timed out" in text:
+        return (
+            f"{text}: a data worker hangs, often on a slow or lost network disk; "
+            "raise data.worker_timeout, or find the file with data.workers=0"
+        )
+    if "exited unexpectedly" in text or "killed by signal" in text:
+        return (
+            f"{text}: a data worker died, mostly for want of memory or shared memory; "
+            "use fewer data.workers or a larger /dev/shm"
+        )
+    return None
+
+
 def _sentence(error: Exception) -> str | None:  # noqa: PLR0911 (one return a kind of error)
     if isinstance(error, UserError):
         # a DataLoader worker sends its traceback along inside the message: the sentence is its last line
         return str(error).rpartition("UserError: ")[2].strip()
+    if isinstance(error, RuntimeError) and "DataLoader" in str(error):
+        return _worker_sentence(" ".join(str(error).split()))
+    if isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__ == "DistBackendError"):
+        return "the connection to another process broke: that one's own message, if it left one, says why"
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
         return (
             f"torch {version('torch')} and torchvision {version('torchvision')} do not belong together: "

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from segformer.errors import UserError
+from segformer.pixels import MAX_PIXELS, opened
 
 IGNORE = 255
 MAX_CLASSES = 255  # ids 0..254 fit a byte beside the ignore value
@@ -83,42 +84,52 @@ class Classes:
                     f"class {index} is {theirs!r} in {source} but {ours!r} in the data: give the same classes"
                 )
 
-    def encode(self, raw: np.ndarray, where: str) -> np.ndarray:
-        """(H, W) raw ids -> (H, W) uint8 train ids with 255 = ignore; `where` names the sample in the error.
+    def encode(self, raw: np.ndarray, indices: bool = False) -> np.ndarray:
+        """(H, W) raw ids -> (H, W) uint8 train ids with 255 = ignore; `indices`: the mask holds train ids already.
 
         Raises:
-            UserError: the mask holds a value the contract does not declare.
+            UndeclaredValues: the mask holds values that the contract does not declare.
         """
-        mask = self.lookup[raw]
+        mask = (self._indices if indices else self.lookup)[raw]
         if (mask == _UNDECLARED).any():
-            values = np.unique(raw[mask == _UNDECLARED])
-            listed = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
-            raise UserError(
-                f"the mask of {where} holds the value{'s' if len(values) > 1 else ''} {listed} "
-                f"({(mask == _UNDECLARED).mean():.1%} of its pixels), which none of the {len(self)} classes declares: "
-                "list it under data.classes or in data.ignore"
-            )
+            raise UndeclaredValues(raw[mask == _UNDECLARED], mask.size)
         return mask.astype(np.uint8)
 
+    @cached_property
+    def _indices(self) -> np.ndarray:
+        lookup = np.full(_RAW_VALUES, _UNDECLARED, np.int16)
+        lookup[: len(self)], lookup[IGNORE] = np.arange(len(self)), IGNORE
+        return lookup
 
-def read_mask(path: Path) -> np.ndarray:
+    def looks_encoded(self, raw: np.ndarray) -> bool:
+        """Whether a mask holds train ids by the look of it: 255 as ignore and nothing else beyond the classes."""
+        return bool((raw == IGNORE).any() and not ((raw >= len(self)) & (raw != IGNORE)).any())
+
+
+class UndeclaredValues(UserError):
+    """Values of one mask that no class declares; the message says which and how much of the mask they fill."""
+
+    def __init__(self, pixels: np.ndarray, size: int) -> None:
+        values = np.unique(pixels)
+        listed = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+        super().__init__(f"{listed} in {pixels.size} of {size} pixels")
+
+
+def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A mask file as raw ids (H, W), uint8 or uint16. Palette PNGs are read as indices, never as colours.
 
     Pillow only: OpenCV turns palette indices into grey levels and 16-bit ids into 8-bit ones.
 
     Raises:
-        UserError: the file is missing, empty, truncated, or holds colours instead of ids.
+        UserError: the file is missing, empty, truncated, too large, or holds colours instead of ids.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "1", "I;16", "I"):
-                raise UserError(
-                    f"mask {path} is a {image.mode} image, expected one channel of class ids: "
-                    "save it as an 8-bit or 16-bit grey or palette PNG"
-                )
-            raw = np.array(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read mask {path}: {error}; replace or remove the file") from error
+    with opened("mask", path, max_pixels) as image:
+        if image.mode not in ("L", "P", "1", "I;16", "I"):
+            raise UserError(
+                f"mask {path} is a {image.mode} image, expected one channel of class ids: "
+                "save it as an 8-bit or 16-bit grey or palette PNG"
+            )
+        raw = np.array(image)
     if raw.dtype == np.int32:  # Pillow widens some 16-bit files
         if raw.min() < 0 or raw.max() >= _RAW_VALUES:
             raise UserError(

@@ -3,7 +3,9 @@
 Pixels travel as uint8 and are normalised on the device, so a 512 x 512 sample weighs 1 MB with its label, not 5.
 """
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from segformer.errors import UserError
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, on the 0..255 scale
 STD = (58.395, 57.12, 57.375)
 PAD = tuple(round(value) for value in MEAN)  # "pad after normalising" in uint8: at most 0.009 off zero
+
+MAX_PIXELS = 178_956_970  # of one file, where Pillow too sees a decompression bomb
 
 # Numbers in one band of upsampled logits: few enough to stay in a CPU's cache, many enough that launching a kernel
 # does not show.
@@ -66,14 +70,52 @@ def upsample_rows(maps: Tensor, vertical: Tensor, across: Tensor) -> Tensor:
     return (tall.view(-1, tall.shape[-1]) @ across.T).view(len(maps), -1, len(across))
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An image file as RGB uint8 (H, W, 3), turned as its EXIF orientation says.
 
+    Grey, palette and CMYK files become RGB, an alpha channel is dropped, of 16 bits the upper eight are kept.
+
     Raises:
-        UserError: the file is missing, empty, truncated or no image.
+        UserError: the file is missing, empty, truncated, no image, too large, or of a kind that has no bytes.
+    """
+    with opened("image", path, max_pixels) as image:
+        if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
+            grey = (np.array(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if image.mode in ("I", "F"):
+            raise UserError(
+                f"image {path} has {image.mode} pixels of 32 bits, expected 8 or 16 bits: export it as 8-bit RGB"
+            )
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def opened(what: str, path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """The decoded, upright file; every way in which a file can be broken is one UserError.
+
+    what: "image" or "mask", for the sentence. max_pixels: a larger one is refused before it is decoded.
     """
     try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {path}: {error}; replace or remove the file") from error
+        with _bomb_limit(max_pixels), Image.open(path) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"cannot read {what} {path}: {error} If you trust the file, raise data.max_pixels") from error
+    except PermissionError as error:
+        raise UserError(f"cannot read {what} {path}: permission denied; make it readable") from error
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        reason = str(error) or type(error).__name__
+        raise UserError(f"cannot read {what} {path}: {reason}; replace or remove the file") from error
+    yield image
+
+
+@contextmanager
+def _bomb_limit(max_pixels: int) -> Iterator[None]:
+    """Pillow refuses what is above twice a global number, and warns above it: ours stands there during the opening."""
+    own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels // 2
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = own

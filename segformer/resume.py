@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from segformer.checkpoints import Pretrained, load_checkpoint, write_atomically
+from segformer.data.datamodule import SegmentationData
 from segformer.errors import UserError
 
 # what may differ when a run goes on: where it computes, never what it computes
@@ -24,8 +25,17 @@ _MAY_CHANGE = (
     "trainer.strategy",
     "trainer.accelerator",
     "data.workers",
+    "data.worker_timeout",
+    "data.micro_batch_size",
     "logger",
 )
+# Lightning's own ways that the recipe has no use for
+LOOP = {
+    "check_val_every_n_epoch": None,  # the order of samples is endless: intervals count steps
+    "use_distributed_sampler": False,  # ours neither pads nor repeats
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -49,13 +59,13 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
-        self.path = str(run / "best.ckpt")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        path = str(Path(str(self.dirpath), "best.ckpt"))
         moved = {**state_dict, "dirpath": self.dirpath}  # of another folder Lightning forgets the best score
         for key in ("best_model_path", "kth_best_model_path"):
-            moved[key] = self.path if moved[key] else ""
-        moved["best_k_models"] = dict.fromkeys([self.path][: len(moved["best_k_models"])], moved["best_model_score"])
+            moved[key] = path if moved[key] else ""
+        moved["best_k_models"] = dict.fromkeys([path][: len(moved["best_k_models"])], moved["best_model_score"])
         super().load_state_dict(moved)
 
 
@@ -66,15 +76,35 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, run: Path, interval: int, config: dict[str, Any]) -> None:
         self.path, self.interval, self.config, self.saved_at = run / "last.ckpt", interval, config, -1
 
+    def setup(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+        # torchrun starts every process on its own, each naming the folder by its own clock: the first one's counts
+        self.path = trainer.strategy.broadcast(self.path)
+
     def on_fit_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
-        if trainer.is_global_zero and not self.debug:
-            claim = self.path.with_name("config.yaml")
-            if claim.exists() and trainer.ckpt_path is None:
-                raise UserError(f"{claim.parent} holds a run already: give a new folder, or resume={claim.parent}")
-            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            claim.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(claim, lambda file: file.write(text.encode()))
+        if not self.debug and trainer.strategy.broadcast(trainer.is_global_zero and not self._claimed(trainer)):
+            raise UserError(f"{self.path.parent} holds a run already: give a new folder, or resume={self.path.parent}")
+
+    def _claimed(self, trainer: pl.Trainer) -> bool:
+        """Writes the configuration; False if another run was here first."""
+        claim = self.path.with_name("config.yaml")
+        claim.parent.mkdir(parents=True, exist_ok=True)
+        if trainer.ckpt_path is None:
+            try:
+                claim.open("x").close()
+            except FileExistsError:
+                return False
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        write_atomically(claim, lambda file: file.write(text.encode()))
+        return True
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts micro-batches, of which another number of devices may need more or fewer a step
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        gone = checkpoint["global_step"] * trainer.accumulate_grad_batches - progress["current"]["ready"]
+        for counters in (progress["current"], progress["total"]):
+            for name in counters:
+                counters[name] += gone
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,7 +113,8 @@ class LastCheckpoint(Checkpoint):
         validates = trainer.enable_validation and (
             (batch_idx + 1) % (trainer.val_check_batch or 1) == 0 or trainer.global_step == trainer.max_steps
         )
-        if trainer.global_step % self.interval == 0 and not validates:
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole and trainer.global_step % self.interval == 0 and not validates:
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
@@ -109,9 +140,10 @@ def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, 
             raise UserError(f"trainer.{key} is {value!r}, expected an integer of at least 1")
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed is {config['seed']!r}, expected an integer of at least 0")
-    if config["trainer"].get("accumulate_grad_batches", 1) != 1:
+    if "accumulate_grad_batches" in config["trainer"]:
         raise UserError(
-            "trainer.accumulate_grad_batches cannot be set: data.batch_size is what one optimiser step sees"
+            "trainer.accumulate_grad_batches is derived: data.batch_size is what one optimiser step sees, "
+            "data.micro_batch_size the most that a device takes at once"
         )
     return run, config, checkpoint
 
@@ -119,6 +151,13 @@ def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, 
 def start(config: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
     """The section `model`; a run that goes on takes its weights from its checkpoint, not from where it once started."""
     return config["model"] | ({"pretrained": None} if checkpoint else {})
+
+
+def share_batches(trainer: pl.Trainer, data: SegmentationData) -> None:
+    """Derives how many micro-batches make one optimiser step, in which Lightning counts its validation interval."""
+    trainer.accumulate_grad_batches = data.accumulated(trainer.world_size)
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's set-up
+        trainer.val_check_interval *= trainer.accumulate_grad_batches
 
 
 def record(model: Pretrained, config: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from segformer.checkpoints import Pretrained
@@ -37,6 +37,14 @@ class Confusion(Metric):
         return self.matrix, self.images
 
 
+def synchronized(model: Pretrained, device: str, processes: int) -> Pretrained:
+    """BatchNorm over the samples of all processes, as the recipe has it; PyTorch offers that on CUDA alone."""
+    if device != "cuda" or processes == 1:
+        return model
+    together: Pretrained = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return together
+
+
 class SegmentationTask(pl.LightningModule):
     """Trains and scores a network; the recipe's numbers come in as `optim`.
 
@@ -61,10 +69,26 @@ class SegmentationTask(pl.LightningModule):
         self.confusion = Confusion(model.config.num_labels)
         self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it
         self.images_scored = 0
+        self.step_losses: list[Tensor] = []  # of the micro-batches of the optimiser step at hand
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.model = synchronized(self.model, self.trainer.strategy.root_device.type, self.trainer.world_size)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build("optim", adamw, self.optim, model=self.model, max_steps=self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def summary(self) -> str:
+        """How many parameters learn at which rate: a line a group."""
+        lines = []
+        for group in self.configure_optimizers()["optimizer"].param_groups:
+            count = sum(parameter.numel() for parameter in group["params"])
+            lines.append(
+                f"{group['name']}: {count:,} parameters in {len(group['params'])} tensors, "
+                f"lr {group['initial_lr']:g}, weight decay {group['weight_decay']:g}"
+            )
+        return "\n".join(lines)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # dropout and drop-path follow from (seed, step, process): a resumed run draws what an unbroken one draws
@@ -74,7 +98,12 @@ class SegmentationTask(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits = self.model(normalize(batch["image"]).to(self.dtype)).logits
         loss = pixel_cross_entropy(logits, batch["mask"], denominator=self.loss_denominator)
-        self.log_dict({"train/loss": loss, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+        self.step_losses.append(loss.detach())
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            # of all samples of the step, on whatever layout: curves of one and of eight devices can be compared
+            self.log("train/loss", torch.stack(self.step_losses).mean(), sync_dist=True)
+            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.step_losses.clear()
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -15,19 +15,22 @@ from segformer.data.transforms import TrainTransform
 from segformer.errors import UserError, build
 from segformer.inference import Protocol, pair
 from segformer.labels import IGNORE, Classes
+from segformer.pixels import MAX_PIXELS
 
 MAX_AUTO_WORKERS = 8
-WORKER_TIMEOUT = 300  # seconds without a batch before a hung worker becomes an error
 
 
 class SegmentationData(pl.LightningDataModule):
     """Training and validation data of one dataset.
 
-    root: folder below which `train` and `val` look: {images, masks} globs, {scenes, seed} of the toy dataset or
-    source objects. classes, ignore: the label contract (`labels.Classes`). batch_size: samples per optimiser step over
-    all devices. crop_size: int or [height, width]. base_size: [long, short] that the scale multiplies, None = the
-    image's own. protocol: `inference.Protocol`. workers: processes that load training data, "auto" = one a core, at
-    most 8. seed: of order and augmentation.
+    root: folder below which `train` and `val` look: {images, masks} patterns, {scenes, seed} of the toy dataset or
+    source objects. classes, ignore: the label contract (`labels.Classes`). train_ids: file names of masks that hold
+    class indices instead of raw ids. batch_size: samples per optimiser step over all devices. micro_batch_size: most
+    samples that a device takes at once, the rest of its share being accumulated; None = its whole share. crop_size: int
+    or [height, width]. base_size: [long, short] that the scale multiplies, None = the image's own. protocol:
+    `inference.Protocol`. workers: processes that read samples for each training process, "auto" = its share of the
+    cores, at most 8. worker_timeout: seconds without a batch after which a worker counts as hung. max_pixels: of one
+    file. seed: of order and augmentation.
     """
 
     def __init__(
@@ -45,39 +48,66 @@ class SegmentationData(pl.LightningDataModule):
         protocol: Mapping[str, Any] | None = None,
         workers: int | str = "auto",
         seed: int = 0,
+        micro_batch_size: int | None = None,
+        worker_timeout: int = 300,
+        max_pixels: int = MAX_PIXELS,
+        train_ids: str | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.batch_size is {batch_size}, expected at least 1")
+        for name, value in (
+            ("batch_size", batch_size),
+            ("micro_batch_size", micro_batch_size),
+            ("worker_timeout", worker_timeout),
+            ("max_pixels", max_pixels),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}, expected at least 1")
         if not 0 < cat_max_ratio <= 1:
             raise UserError(f"data.cat_max_ratio is {cat_max_ratio}, expected more than 0 and at most 1")
         self.classes = Classes.from_config(classes, ignore)
         self.protocol = build("data.protocol", Protocol, protocol or {})
-        self.batch_size, self.seed = batch_size, seed
-        self.workers = _workers(workers)
+        self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
+        if workers != "auto" and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 0):
+            raise UserError(f"data.workers is {workers!r}, expected 'auto' or an integer of at least 0")
+        self.workers, self.worker_timeout = workers, worker_timeout
         base = sorted(pair("data.base_size", base_size)) if base_size is not None else None
         self.transform = TrainTransform(
             pair("data.crop_size", crop_size), (base[1], base[0]) if base else None, _range(scale), cat_max_ratio
         )
         self._specs = {"train": train, "val": val}
-        self._root = root
+        self._root, self._max_pixels, self._train_ids = root, max_pixels, train_ids
 
     def dataset(self, split: str) -> SegmentationDataset:
         """The samples of "train" (augmented) or "val" (as they are)."""
-        source = open_source(split, self._specs[split], self._root)
+        source = open_source(split, self._specs[split], self._root, self._max_pixels)
         if not len(source):
             raise UserError(f"data.{split} holds no samples: check its patterns")
-        return SegmentationDataset(source, self.classes, self.transform if split == "train" else None)
+        transform = self.transform if split == "train" else None
+        return SegmentationDataset(source, self.classes, transform, self._train_ids)
 
     def opened(self, *splits: str) -> "SegmentationData":
         """Itself, with these splits opened, so that a wrong path is told before the network is built."""
         self.datasets = {split: self.dataset(split) for split in splits}
         return self
 
-    def summary(self) -> str:
-        """One line: how many samples of what."""
+    def accumulated(self, processes: int) -> int:
+        """Micro-batches of one optimiser step: the fewest equal ones that share `batch_size` over the processes."""
+        if self.batch_size % processes:
+            raise UserError(
+                f"data.batch_size={self.batch_size} cannot be shared evenly by {processes} processes: "
+                f"use a multiple of {processes}, or another trainer.devices"
+            )
+        share = self.batch_size // processes
+        most = self.micro_batch_size or share
+        return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= most)
+
+    def summary(self, processes: int = 1) -> str:
+        """How many samples of what, and who takes how many of them in one optimiser step."""
         sizes = ", ".join(f"{len(dataset)} {split} images" for split, dataset in self.datasets.items())
-        return f"{sizes}, {len(self.classes)} classes, {self.workers} workers"
+        parts = self.accumulated(processes)
+        micro = self.batch_size // (processes * parts)
+        shares = "" if processes * parts == 1 else f" = {processes} processes x {parts} accumulated x {micro}"
+        return f"{sizes}, {len(self.classes)} classes, batch of {self.batch_size}{shares}"
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
@@ -92,23 +122,31 @@ class SegmentationData(pl.LightningDataModule):
             world=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
         )
-        return DataLoader(dataset, batch_sampler=batches, pin_memory=_on_cuda(trainer), **self._worker_options())
+        return DataLoader(dataset, batch_sampler=batches, pin_memory=_on_cuda(trainer), **self._worker_options(trainer))
 
     def val_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
         dataset = self.datasets["val"]
+        if len(dataset) < trainer.world_size:  # Lightning's loop would leave the idle process out and then wait for it
+            raise UserError(
+                f"data.val holds {len(dataset)} images, fewer than the {trainer.world_size} processes that share them: "
+                f"use trainer.devices={len(dataset)}"
+            )
         shard = EvaluationShard(len(dataset), trainer.global_rank, trainer.world_size)
         # one image a batch: images keep their own sizes
-        return DataLoader(dataset, sampler=shard, batch_size=1, pin_memory=_on_cuda(trainer), **self._worker_options())
+        return DataLoader(
+            dataset, sampler=shard, batch_size=1, pin_memory=_on_cuda(trainer), **self._worker_options(trainer)
+        )
 
-    def _worker_options(self) -> dict[str, Any]:
-        if self.workers == 0:
+    def _worker_options(self, trainer: pl.Trainer) -> dict[str, Any]:
+        workers = _share_of_cores(trainer.num_devices) if self.workers == "auto" else int(self.workers)
+        if workers == 0:
             return {"num_workers": 0}
         return {
-            "num_workers": self.workers,
+            "num_workers": workers,
             "persistent_workers": True,
-            "timeout": WORKER_TIMEOUT,
+            "timeout": self.worker_timeout,
             "worker_init_fn": _start_worker,
         }
 
@@ -128,11 +166,6 @@ def _range(scale: Any) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
-def _workers(workers: int | str) -> int:
-    if workers == "auto":
-        return min(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_AUTO_WORKERS
-        )
-    if not isinstance(workers, int) or workers < 0:
-        raise UserError(f"data.workers is {workers!r}, expected 'auto' or an integer of at least 0")
-    return workers
+def _share_of_cores(processes: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // processes, MAX_AUTO_WORKERS))

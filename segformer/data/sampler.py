@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from segformer.errors import UserError
-
 
 class Draw(NamedTuple):
     """One training sample: its place in the source, and the seed of its augmentation."""
@@ -39,12 +37,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
-        parts = world * accumulate
-        if batch_size % parts:
-            raise UserError(
-                f"data.batch_size={batch_size} cannot be shared evenly by {world} device(s) with {accumulate} "
-                f"accumulated batches each: use a multiple of {parts}"
-            )
+        assert batch_size % (world * accumulate) == 0, "the data module shares evenly or refuses"
         self.length, self.batch_size, self.seed, self.start_step = length, batch_size, seed, start_step
         self.rank, self.world, self.accumulate = rank, world, accumulate
 
