@@ -4,6 +4,7 @@ Flip and pad are albumentations'; scale, crop and colour have no counterpart the
 transforms of ours in the same frame. Source: the published SegFormer pipeline (arXiv 2105.15203 and its configs).
 """
 
+import random
 from typing import Any
 
 import albumentations as A
@@ -41,8 +42,9 @@ class TrainTransform:
         )
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        # without this, DataLoader workers repeat each other and every epoch repeats the first
-        self.compose.set_random_seed(seed)
+        # without this, DataLoader workers repeat each other and every epoch repeats the first; one stream for the whole
+        # chain, for set_random_seed gives each transform an equal one of its own: a flip would tell the scale
+        self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         sample = self.compose(image=image, mask=mask)
         return sample["image"], sample["mask"]
 

@@ -5,7 +5,9 @@ import warnings
 import cv2
 import numpy as np
 import pytest
+from scipy.stats import chi2_contingency
 
+from segformer.data.sampler import mix
 from segformer.data.transforms import PhotoMetricDistortion, RandomCropMaxRatio, RandomScale, TrainTransform
 from segformer.pixels import PAD
 
@@ -157,3 +159,138 @@ def test_unknown_arguments_of_a_library_transform_are_errors_not_warnings() -> N
         transform()
     with pytest.raises(ValueError, match="value"):
         A.Compose([A.PadIfNeeded(8, 8, value=0)], strict=True)
+
+
+# -- the whole chain against a literal restatement of the published pipeline, drawn from another random stream
+
+DRAWS = 20_000
+CROP, LONG, SHORT = 32, 64, 40
+
+
+def street() -> tuple[np.ndarray, np.ndarray]:
+    """One colour; labels of which few windows hold enough of a second class, beside a stripe of ignored pixels."""
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:, 43:50], mask[:, 50:], mask[34:, :5] = 1, 255, 2
+    return np.full((40, 60, 3), (200, 120, 40), np.uint8), mask
+
+
+def published(image, mask, rng, redraws=10, ratio=0.75, count_ignored=False, hue_end=18, flip=0.5, contrast_first=None):
+    """SPEC: load as BGR, resize with jitter, crop, flip, distort colours, pad; the keywords are mistakes to detect."""
+    image = image[..., ::-1]
+    r = rng.uniform(0.5, 2.0)
+    height, width = mask.shape
+    factor = min(int(LONG * r) / max(height, width), int(SHORT * r) / min(height, width))
+    size = (int(width * factor + 0.5), int(height * factor + 0.5))
+    image, mask = cv2.resize(image, size), cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+
+    def box():
+        top = rng.integers(0, max(mask.shape[0] - CROP, 0) + 1)
+        left = rng.integers(0, max(mask.shape[1] - CROP, 0) + 1)
+        return slice(top, top + CROP), slice(left, left + CROP)
+
+    window = box()
+    for _ in range(redraws):
+        ids, counts = np.unique(mask[window], return_counts=True)
+        if not count_ignored:
+            counts = counts[ids != 255]
+        if len(counts) > 1 and counts.max() / counts.sum() < ratio:
+            break
+        window = box()
+    image, mask = image[window], mask[window]
+    if rng.random() < flip:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+
+    def convert(x, alpha=1.0, beta=0.0):
+        return np.clip(x.astype(np.float32) * alpha + beta, 0, 255).astype(np.uint8)
+
+    def contrast(x):
+        return convert(x, alpha=rng.uniform(0.5, 1.5)) if rng.integers(2) else x
+
+    def saturation(x):
+        if not rng.integers(2):
+            return x
+        x = cv2.cvtColor(np.ascontiguousarray(x), cv2.COLOR_BGR2HSV)
+        x[..., 1] = convert(x[..., 1], alpha=rng.uniform(0.5, 1.5))
+        return cv2.cvtColor(x, cv2.COLOR_HSV2BGR)
+
+    def hue(x):
+        if not rng.integers(2):
+            return x
+        x = cv2.cvtColor(np.ascontiguousarray(x), cv2.COLOR_BGR2HSV)
+        x[..., 0] = (x[..., 0].astype(int) + rng.integers(-18, hue_end)) % 180
+        return cv2.cvtColor(x, cv2.COLOR_HSV2BGR)
+
+    if rng.integers(2):
+        image = convert(image, beta=rng.uniform(-32, 32))
+    first = rng.integers(2) if contrast_first is None else contrast_first
+    image = contrast(image) if first else image
+    image = hue(saturation(image))
+    image = image if first else contrast(image)
+    padded = np.full((CROP, CROP), 255, np.uint8)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    return image[0, 0, ::-1], padded
+
+
+def features(colour: np.ndarray, mask: np.ndarray) -> dict[str, object]:
+    labelled = mask[mask != 255]
+    counts = np.bincount(labelled, minlength=3)
+    return {
+        "rows": int((mask != 255).any(1).sum()),  # scale and padding
+        "share of the largest class": int(20 * counts.max() / max(len(labelled), 1)),
+        "ignored": int((mask == 255).sum()) // 64,
+        "corner": int(mask[0, 0]),
+        "sides": (int(mask[:, 0].max()), int(mask[0].argmin()) // 4),  # flip and horizontal place
+        "third class": int(counts[2]) // 8,  # vertical place
+        **{channel: int(colour[index]) // 8 for index, channel in enumerate("rgb")},
+        "rgb": tuple((colour // 43).tolist()),  # order of the distortions
+    }
+
+
+def p_values(ours: list[dict[str, object]], theirs: list[dict[str, object]]) -> dict[str, float]:
+    """Of the hypothesis that both come from one distribution, feature by feature (rare values pooled)."""
+    found = {}
+    for name in ours[0]:
+        seen = [[str(row[name]) for row in rows] for rows in (ours, theirs)]
+        values, counts = np.unique([*seen[0], *seen[1]], return_counts=True)
+        kept = values[counts >= 20]
+        table = [[np.count_nonzero(np.array(column) == value) for value in kept] for column in seen]
+        table = np.array([[*row, DRAWS - sum(row)] for row in table])
+        found[name] = chi2_contingency(table[:, table.sum(0) > 0]).pvalue
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[dict[str, object]]:
+    image, mask = street()
+    augment = transform(crop_size=(CROP, CROP), base_size=(LONG, SHORT))
+    rows = []
+    for seed in range(DRAWS):
+        colours, labels = augment(image, mask, mix(0, seed))
+        rows.append(features(colours[0, 0], labels))
+    return rows
+
+
+def restated(**mistake) -> list[dict[str, object]]:
+    rng = np.random.default_rng(1)
+    return [features(*published(*street(), rng, **mistake)) for _ in range(DRAWS)]
+
+
+def test_augmentation_is_distributed_as_published(drawn) -> None:
+    found = p_values(drawn, restated())
+    assert min(found.values()) > 0.001, found
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"redraws": 9},
+        {"ratio": 0.8},
+        {"count_ignored": True},
+        {"hue_end": 22},
+        {"flip": 0.45},
+        {"contrast_first": True},
+    ],
+    ids=lambda mistake: next(iter(mistake)),
+)
+def test_the_comparison_would_notice(drawn, mistake) -> None:
+    assert min(p_values(drawn, restated(**mistake)).values()) < 0.001
