@@ -1,6 +1,7 @@
 """No network, no account: set before anything imports the libraries that would look for one."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", NO_ALBUMENTATIONS_UPDATE="1")
@@ -20,6 +21,23 @@ TINY = {
     "num_attention_heads": [1, 2, 3, 4],
     "decoder_hidden_size": 24,
 }
+
+
+TOY = {
+    "classes": ["sky", "building", "road", "sidewalk", "tree", "car", "person", "sign"],
+    "train": {"scenes": 24, "seed": 0},
+    "val": {"scenes": 9, "seed": 1},
+    "batch_size": 2,
+    "crop_size": 64,
+    "workers": 0,
+}
+
+
+def small(names: Sequence[str]) -> SegformerForSemanticSegmentation:
+    """An untrained network without dropout, the same at every call."""
+    torch.manual_seed(0)
+    config = SegformerConfig(**TINY, id2label=dict(enumerate(names)), drop_path_rate=0.0, classifier_dropout_prob=0.0)
+    return SegformerForSemanticSegmentation(config)
 
 
 @pytest.fixture(autouse=True)

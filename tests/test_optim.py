@@ -1,6 +1,10 @@
+import re
+
 import pytest
 import torch
 
+from segformer.config import VARIANTS, SegformerConfig
+from segformer.model import SegformerForSemanticSegmentation
 from segformer.optim import adamw, parameter_groups, warmup_poly
 
 RECIPE = {
@@ -19,17 +23,54 @@ def test_every_parameter_is_in_exactly_one_group(tiny) -> None:
     assert sorted(grouped) == sorted(id(parameter) for parameter in tiny.parameters())
 
 
-def test_groups_follow_the_published_name_rules(tiny) -> None:
-    """The original matches substrings of its own names: head first, then norm; restated on ours."""
-    groups = {
-        id(p): g for g in parameter_groups(tiny, lr=1.0, weight_decay=0.01, head_lr_multiplier=10) for p in g["params"]
+# ours -> the names under which the original's rules see the parameters
+ORIGINAL = (
+    (r"segformer\.stages\.(\d)\.patch_embeddings\.layer_norm", r"backbone.patch_embed\1.norm"),
+    (r"segformer\.stages\.(\d)\.patch_embeddings\.proj", r"backbone.patch_embed\1.proj"),
+    (r"segformer\.stages\.(\d)\.layer_norm", r"backbone.norm\1"),
+    (r"segformer\.stages\.(\d)\.blocks\.", r"backbone.block\1."),
+    (r"attention\.layer_norm", "attn.norm"),
+    (r"attention\.sequence_reduction", "attn.sr"),
+    (r"attention\.o_proj", "attn.proj"),
+    (r"attention\.(q|kv)_proj", r"attn.\1"),
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    (r"linear_projections\.(\d)", r"linear_c\1.proj"),
+    (r"linear_fuse\.", "linear_fuse.conv."),
+    (r"decode_head\.batch_norm", "decode_head.linear_fuse.bn"),
+    (r"decode_head\.classifier", "decode_head.linear_pred"),
+)
+RULES = {"pos_block": {"decay": 0.0}, "norm": {"decay": 0.0}, "head": {"lr": 10.0}}
+
+
+def original(name: str) -> str:
+    for ours, theirs in ORIGINAL:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_groups_follow_the_published_rules_on_the_published_names(variant) -> None:
+    """mmcv: keys by length, longest first, ties by alphabet; the first one found in a name decides its multipliers."""
+    with torch.device("meta"):
+        model = SegformerForSemanticSegmentation(SegformerConfig.from_variant(variant, num_labels=150))
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, lr=6e-5, weight_decay=0.01, head_lr_multiplier=10)
+        for parameter in group["params"]
     }
-    for name, parameter in tiny.named_parameters():
-        group = groups[id(parameter)]
-        head = "head" in name
-        norm = "layer_norm" in name or "layernorm" in name
-        assert group["lr"] == (10.0 if head else 1.0), name
-        assert group["weight_decay"] == (0.0 if norm and not head else 0.01), name
+    seen = set()
+    for name, parameter in model.named_parameters():
+        rule: dict[str, float] = {}
+        for key in sorted(sorted(RULES), key=len, reverse=True):
+            if key in original(name):
+                rule = RULES[key]
+                break
+        expected = (6e-5 * rule.get("lr", 1), 0.01 * rule.get("decay", 1))
+        assert found[id(parameter)] == pytest.approx(expected, rel=1e-12), f"{name} = {original(name)}"
+        seen.add(re.sub(r"\d", "", original(name)))
+    assert {"backbone.norm.weight", "backbone.block..attn.norm.bias", "decode_head.linear_fuse.bn.weight"} <= seen
+    assert len(found) == len(list(model.parameters()))
 
 
 def test_schedule_multiplies_warmup_on_poly_for_both_rates(tiny) -> None:

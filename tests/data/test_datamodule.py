@@ -2,26 +2,23 @@ import pytest
 
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import UserError, build
-
-TOY = {
-    "classes": ["sky", "building", "road", "sidewalk", "tree", "car", "person", "sign"],
-    "train": {"scenes": 4, "seed": 0},
-    "val": {"scenes": 3, "seed": 1},
-    "batch_size": 2,
-    "crop_size": 64,
-}
+from tests.conftest import TOY
 
 
 def test_training_samples_are_augmented_and_validation_samples_are_not() -> None:
     data = build("data", SegmentationData, TOY).opened("train", "val")
     assert data.datasets["train"].transform is not None and data.datasets["val"].transform is None
-    assert data.summary().startswith("4 train images, 3 val images, 8 classes")
+    assert data.summary().startswith("24 train images, 9 val images, 8 classes")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"micro_batch_size": 0}, "data.micro_batch_size is 0"),
+        ({"worker_timeout": -1}, "data.worker_timeout is -1"),
+        ({"max_pixels": 0}, "data.max_pixels is 0"),
+        ({"workers": -1}, "data.workers is -1"),
         ({"workers": "many"}, "data.workers is 'many'"),
         ({"batch_size": 2.5}, "data.batch_size is 2.5, expected an integer"),
         ({"val": {"scenes": 0, "seed": 1}}, "data.val holds no samples"),
@@ -37,3 +34,27 @@ def test_training_samples_are_augmented_and_validation_samples_are_not() -> None
 def test_impossible_settings_are_told(change, message) -> None:
     with pytest.raises(UserError, match=message):
         build("data", SegmentationData, TOY | change).opened("train", "val")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "processes", "parts"),
+    [
+        *((16, None, 1, 1), (16, None, 8, 1), (16, 8, 1, 2), (16, 4, 2, 2)),
+        *((16, 4, 8, 1), (16, 6, 1, 4), (6, 4, 1, 2), (7, 3, 1, 7)),
+    ],
+)
+def test_accumulation_follows_from_batch_devices_and_what_fits_on_one(batch_size, micro, processes, parts) -> None:
+    data = build("data", SegmentationData, TOY | {"batch_size": batch_size, "micro_batch_size": micro})
+    assert data.accumulated(processes) == parts
+
+
+def test_a_batch_that_cannot_be_shared_is_told() -> None:
+    data = build("data", SegmentationData, TOY | {"batch_size": 8})
+    with pytest.raises(UserError, match="data.batch_size=8 cannot be shared evenly by 3 processes: use a multiple"):
+        data.accumulated(3)
+
+
+def test_the_shares_of_a_step_are_told() -> None:
+    data = build("data", SegmentationData, TOY | {"batch_size": 8, "micro_batch_size": 2}).opened("train", "val")
+    assert data.summary(2).endswith("batch of 8 = 2 processes x 2 accumulated x 2")
+    assert build("data", SegmentationData, TOY).opened("train").summary().endswith("batch of 2")

@@ -3,7 +3,6 @@ from itertools import islice
 import pytest
 
 from segformer.data.sampler import EvaluationShard, TrainingBatches, mix
-from segformer.errors import UserError
 
 
 def steps(count: int, *, start: int = 0, **layout: int) -> list[set]:
@@ -33,11 +32,6 @@ def test_a_resumed_order_is_the_unbroken_one() -> None:
 def test_a_step_holds_the_same_samples_on_any_layout(layout) -> None:
     assert steps(6, **layout) == steps(6)
     assert all(len(step) == 8 for step in steps(6, **layout))
-
-
-def test_a_batch_that_cannot_be_shared_is_told() -> None:
-    with pytest.raises(UserError, match="data.batch_size=8 cannot be shared evenly by 3 device.* multiple of 3"):
-        TrainingBatches(10, 8, 0, 0, rank=0, world=3)
 
 
 @pytest.mark.parametrize(("length", "world"), [(7, 2), (8, 3), (9, 3), (1, 4)])

@@ -171,7 +171,7 @@ def street() -> tuple[np.ndarray, np.ndarray]:
     """One colour; labels of which few windows hold enough of a second class, beside a stripe of ignored pixels."""
     mask = np.zeros((40, 60), np.uint8)
     mask[:, 43:50], mask[:, 50:], mask[34:, :5] = 1, 255, 2
-    return np.full((40, 60, 3), (200, 120, 40), np.uint8), mask
+    return np.full((40, 60, 3), (240, 190, 60), np.uint8), mask
 
 
 def published(image, mask, rng, redraws=10, ratio=0.75, count_ignored=False, hue_end=18, flip=0.5, contrast_first=None):

@@ -1,0 +1,58 @@
+"""One process among several: trains and scores, then writes what it found. Started by test_processes.py.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/processes.py OUT.json SCENES[,SCENES...] STEPS
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from segformer import resume
+from segformer.data.datamodule import SegmentationData
+from segformer.errors import build
+from segformer.inference import Protocol
+from segformer.task import SegmentationTask
+from tests.conftest import TOY, randomize, small
+from tests.test_task import RECIPE, Record
+
+
+def trainer(**options) -> pl.Trainer:
+    return pl.Trainer(
+        **options, **resume.LOOP, accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), strategy="ddp",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+
+
+def scored(scenes: int) -> dict[str, float]:
+    data = build("data", SegmentationData, TOY | {"val": {"scenes": scenes, "seed": 1}}).opened("val")
+    model = small(data.classes.names)
+    randomize(model)
+    task = SegmentationTask(model, Protocol())
+    trainer().validate(task, data, verbose=False)
+    return {"images": task.images_scored, "miou": task.scores.miou}
+
+
+def losses(steps: int) -> list[float]:
+    data = build("data", SegmentationData, TOY | {"batch_size": 16}, seed=0).opened("train", "val")
+    task, record = SegmentationTask(small(data.classes.names), Protocol(), RECIPE, steps), Record(frozen=True)
+    loop = trainer(max_steps=steps, limit_val_batches=0, callbacks=[record], log_every_n_steps=1)
+    resume.share_batches(loop, data)
+    loop.fit(task, data)
+    share = 16 // int(os.environ.get("WORLD_SIZE", "1"))
+    assert all(len(images) == share for images, _ in record.batches)
+    return record.losses
+
+
+if __name__ == "__main__":
+    out, scenes, steps = sys.argv[1:]
+    torch.manual_seed(0)
+    found = {"scores": {number: scored(int(number)) for number in scenes.split(",")}}
+    found["losses"] = losses(int(steps)) if int(steps) else []
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(out).write_text(json.dumps(found))
