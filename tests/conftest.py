@@ -88,3 +88,39 @@ def save_pair(root: Path, split: str, stem: str, image: np.ndarray, mask: np.nda
         folder = root / kind / split
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(folder / f"{stem}{suffix}")
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def ade20k(tmp_path: Path) -> Path:
+    """The native tree in miniature: sizes vary, 0 is "other objects", a grey and a CMYK photograph among the images."""
+    rng, root = np.random.default_rng(0), tmp_path / "ADEChallengeData2016"
+    for split, short, count in (("training", "train", 4), ("validation", "val", 3)):
+        for index in range(1, count + 1):
+            mask = rng.integers(0, 151, (6, 8)).astype(np.uint8).repeat(10 + index, 0).repeat(12, 1)
+            photo = Image.fromarray(rng.integers(0, 256, (*mask.shape, 3), np.uint8))
+            path = root / "images" / split / f"ADE_{short}_{index:08d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo.convert({1: "L", 2: "CMYK"}.get(index, "RGB")).save(path)
+            save(root / "annotations" / split / f"{path.stem}.png", mask)
+    return root
+
+
+@pytest.fixture
+def cityscapes(tmp_path: Path) -> Path:
+    """The native tree in miniature, before csCreateTrainIdLabelImgs: labelIds, and files that are no masks beside."""
+    rng, root = np.random.default_rng(0), tmp_path / "cityscapes"
+    for split, cities in (("train", ("aachen", "ulm")), ("val", ("lindau", "munster"))):
+        for city in cities:
+            for frame in range(2):
+                stem = f"{city}_{frame:06d}_000019"
+                ids = rng.integers(0, 34, (8, 16)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+                save(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png",
+                     rng.integers(0, 256, (*ids.shape, 3), np.uint8))  # fmt: skip
+                for kind, array in (("labelIds", ids), ("color", ids[..., None].repeat(3, 2)), ("instanceIds", ids)):
+                    save(root / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png", array)
+    return root

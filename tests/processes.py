@@ -21,10 +21,12 @@ from segformer.task import SegmentationTask
 from tests.conftest import TOY, randomize, small
 from tests.test_task import RECIPE, Record
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+
 
 def trainer(**options) -> pl.Trainer:
     return pl.Trainer(
-        **options, **resume.LOOP, accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), strategy="ddp",
+        **options, **resume.LOOP, accelerator="cpu", devices=PROCESSES, strategy="ddp",
         logger=False, enable_checkpointing=False, enable_progress_bar=False,
     )  # fmt: skip
 
@@ -44,8 +46,7 @@ def losses(steps: int) -> list[float]:
     loop = trainer(max_steps=steps, limit_val_batches=0, callbacks=[record], log_every_n_steps=1)
     resume.share_batches(loop, data)
     loop.fit(task, data)
-    share = 16 // int(os.environ.get("WORLD_SIZE", "1"))
-    assert all(len(images) == share for images, _ in record.batches)
+    assert all(len(images) == 16 // PROCESSES for images, _ in record.batches)
     return record.losses
 
 

@@ -32,6 +32,7 @@ LEVELS = (
     set(SCRIPTS),
 )
 WITHIN = {
+    "labels": {"pixels"},  # a mask file is opened as an image file is
     "data.sources": {"data.toy"},
     "data.dataset": {"data.sampler", "data.sources", "data.transforms"},
     "data.datamodule": {"data.dataset", "data.sampler", "data.sources", "data.transforms", "inference"},

@@ -1,8 +1,11 @@
 """Every YAML is opened, composed and built into what it configures."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -10,12 +13,17 @@ from omegaconf import OmegaConf
 from segformer.config import VARIANTS
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import build
+from segformer.labels import Classes
 from segformer.model import build_segformer
 from segformer.optim import adamw
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
 DATASETS = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+PAPER = {
+    "lr": 6e-5, "betas": [0.9, 0.999], "weight_decay": 0.01, "head_lr_multiplier": 10, "warmup_steps": 1500,
+    "warmup_ratio": 1e-6, "power": 1.0, "loss_denominator": "all",
+}  # fmt: skip
 MINIMAL = {"folder": ["data.classes=[background,pothole]"]}
 
 
@@ -52,11 +60,67 @@ def test_model_choices_are_the_variants_with_their_pretrained_encoder(variant: s
 
 def test_the_defaults_are_the_papers() -> None:
     config = composed("data=folder", "data.root=x", *MINIMAL["folder"])
-    assert config["optim"] == {
-        "lr": 6e-5, "betas": [0.9, 0.999], "weight_decay": 0.01, "head_lr_multiplier": 10, "warmup_steps": 1500,
-        "warmup_ratio": 1e-6, "power": 1.0, "loss_denominator": "all",
-    }  # fmt: skip
+    assert config["optim"] == PAPER
     assert config["data"]["scale"] == [0.5, 2.0] and config["data"]["cat_max_ratio"] == 0.75
+
+
+# the paper's recipe and protocol: crop, base (long, short), protocol size, align, window, stride
+ADE = {"crop": 512, "base": [2048, 512], "protocol": {"size": [2048, 512], "align": 32, "window": None, "stride": None}}
+ADE_B5 = {"crop": 640, "base": [2048, 640], "protocol": ADE["protocol"] | {"size": [2048, 640]}}
+STREET = {
+    "crop": 1024, "base": [2048, 1024], "protocol": {"size": None, "align": 1, "window": 1024, "stride": 768}
+}  # fmt: skip
+BATCH = {"ade20k": 16, "cityscapes": 8}
+EVERY = {"ade20k": 16_000, "cityscapes": 4_000}  # steps between validations
+
+
+@pytest.mark.parametrize("data", BATCH)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_model_and_data_by_one_word_each_are_the_papers_recipe(variant, data) -> None:
+    config = composed(f"model={variant}", f"data={data}", "data.root=/data")
+    expected = STREET if data == "cityscapes" else ADE_B5 if variant == "b5" else ADE
+    section = config["data"]
+    assert {"crop": section["crop_size"], "base": section["base_size"], "protocol": section["protocol"]} == expected
+    assert (section["batch_size"], section["scale"], section["cat_max_ratio"]) == (BATCH[data], [0.5, 2.0], 0.75)
+    assert config["model"] == {"variant": variant, "pretrained": f"nvidia/mit-{variant}", "drop_path_rate": 0.1}
+    assert config["optim"] == PAPER
+    trainer = config["trainer"]
+    assert (trainer["max_steps"], trainer["val_check_interval"], trainer["checkpoint_interval"]) == (
+        160_000, EVERY[data], 4_000
+    )  # fmt: skip
+    assert (trainer["precision"], trainer["fast_dev_run"], trainer["limit_val_batches"]) == ("32-true", False, 1.0)
+
+
+def test_the_head_of_a_training_run_drops_whole_channels() -> None:
+    model, _ = build("model", build_segformer, {"variant": "b0"}, names=["a", "b"])
+    assert isinstance(model.decode_head.dropout, torch.nn.Dropout2d) and model.decode_head.dropout.p == 0.1
+
+
+PUBLISHED = {"ade20k": "ADE20KDataset", "cityscapes": "CityscapesDataset"}
+LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_class_tables_are_the_published_ones(data, shared) -> None:
+    table = json.loads((shared.parent / "classes.json").read_text())[PUBLISHED[data]]
+    classes = composed(f"data={data}", "data.root=/data")["data"]["classes"]
+    assert list(classes) == table["classes"]
+    assert [entry["color"] for entry in classes.values()] == table["palette"]
+
+
+def test_raw_ids_are_the_published_ones() -> None:
+    ade = Classes.from_config(*contract("ade20k"))
+    assert len(ade) == 150
+    assert ade.encode(np.arange(151)[None]).tolist() == [[255, *range(150)]]
+    street = Classes.from_config(*contract("cityscapes"))
+    expected = [LABEL_IDS.index(raw) if raw in LABEL_IDS else 255 for raw in range(34)]
+    assert len(street) == 19 and street.encode(np.arange(34)[None]).tolist() == [expected]
+    assert street.encode(np.array([[255]])).tolist() == [[255]]  # the licence plate, -1 in a byte
+
+
+def contract(data: str) -> tuple:
+    section = composed(f"data={data}", "data.root=/data")["data"]
+    return section["classes"], section["ignore"]
 
 
 def test_the_command_line_beats_the_dataset_and_the_dataset_the_defaults() -> None:

@@ -3,31 +3,47 @@ import pytest
 from PIL import Image
 
 from segformer.errors import UserError
-from segformer.labels import Classes, distinct_colors, read_mask
+from segformer.labels import Classes, UndeclaredValues, distinct_colors, read_mask
+from tests.test_pixels import bomb
 
 
 def test_a_list_of_names_means_raw_value_is_the_index() -> None:
     classes = Classes.from_config(["a", "b"])
     raw = np.array([[0, 1, 255]], np.uint8)
-    assert classes.encode(raw, "x").tolist() == [[0, 1, 255]]
+    assert classes.encode(raw).tolist() == [[0, 1, 255]]
     assert classes.names == ("a", "b")
 
 
 def test_raw_ids_merge_and_ignore() -> None:
     classes = Classes.from_config({"road": {"ids": [7, 9], "color": [1, 2, 3]}, "car": {"ids": [300]}}, ignore=[0])
     raw = np.array([[7, 9, 300, 0]], np.uint16)
-    assert classes.encode(raw, "x").tolist() == [[0, 0, 1, 255]]
+    assert classes.encode(raw).tolist() == [[0, 0, 1, 255]]
     assert classes.colors[0].tolist() == [1, 2, 3]
 
 
 def test_ignore_rest_takes_every_value_not_listed() -> None:
     classes = Classes.from_config({"road": {"ids": [7]}}, ignore="rest")
-    assert classes.encode(np.arange(9, dtype=np.uint8)[None], "x").tolist() == [[255] * 7 + [0, 255]]
+    assert classes.encode(np.arange(9, dtype=np.uint8)[None]).tolist() == [[255] * 7 + [0, 255]]
 
 
-def test_an_undeclared_value_names_file_values_and_fix() -> None:
-    with pytest.raises(UserError, match=r"the mask of a.png holds the value 2 \(50.0% of its pixels\).*data.ignore"):
-        Classes.from_config(["a", "b"]).encode(np.array([[0, 2]], np.uint8), "a.png")
+def test_undeclared_values_are_counted() -> None:
+    with pytest.raises(UndeclaredValues, match=r"^2, 9 in 3 of 4 pixels$"):
+        Classes.from_config(["a", "b"]).encode(np.array([[0, 2], [9, 9]], np.uint8))
+
+
+def test_masks_of_class_indices_pass_by_the_raw_ids() -> None:
+    classes = Classes.from_config({"road": {"ids": [7]}, "car": {"ids": [26]}})
+    assert classes.encode(np.array([[0, 1, 255]], np.uint8), indices=True).tolist() == [[0, 1, 255]]
+    with pytest.raises(UndeclaredValues, match="^7 in"):
+        classes.encode(np.array([[7]], np.uint8), indices=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0, 1, 255], True), ([0, 7, 255], False), ([0, 1], False), ([26], False)]
+)
+def test_the_look_of_train_ids_is_the_ignore_value_without_higher_ids(values, expected) -> None:
+    classes = Classes.from_config({"road": {"ids": [7]}, "car": {"ids": [26]}})
+    assert classes.looks_encoded(np.array([values], np.uint8)) is expected
 
 
 @pytest.mark.parametrize(
@@ -84,6 +100,19 @@ def test_colour_truncated_and_missing_masks_are_told(tmp_path) -> None:
         read_mask(tmp_path / "cut.png")
     with pytest.raises(UserError, match="cannot read mask"):
         read_mask(tmp_path / "nowhere.png")
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(UserError, match="cannot read mask .*empty.png"):
+        read_mask(tmp_path / "empty.png")
+    for mode in ("RGBA", "LA", "CMYK", "F"):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.tif")
+        with pytest.raises(UserError, match=f"{mode}.tif is a {mode} image, expected one channel"):
+            read_mask(tmp_path / f"{mode}.tif")
+    with pytest.raises(UserError, match="cannot read mask .*pixels.* data.max_pixels"):
+        read_mask(bomb(tmp_path / "bomb.png", 1_000), max_pixels=1_000)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter, as its image would be
+    Image.new("L", (6, 4)).save(tmp_path / "turned.png", exif=exif)
+    assert read_mask(tmp_path / "turned.png").shape == (6, 4)
 
 
 def test_default_colours_are_distinct() -> None:

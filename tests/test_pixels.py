@@ -1,3 +1,8 @@
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -58,6 +63,50 @@ def test_images_of_any_mode_come_as_rgb_and_upright(tmp_path) -> None:
     exif[0x0112] = 6  # turned a quarter
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     assert read_image(tmp_path / "turned.png").shape == (6, 4, 3)
+
+
+def test_sixteen_bits_are_scaled_to_eight_and_thirty_two_refused(tmp_path) -> None:
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "wide.png")
+    assert read_image(tmp_path / "wide.png")[0, :, 0].tolist() == [0, 0, 1, 255]
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"float.tif has F pixels of 32 bits, expected 8 or 16"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_grey_cmyk_and_transparent_photographs_keep_their_colours(tmp_path) -> None:
+    pixels = np.full((16, 16, 3), (200, 120, 40), np.uint8)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - pixels).max() <= 8
+    Image.fromarray(np.dstack([pixels, np.zeros((16, 16), np.uint8)])).save(tmp_path / "clear.png")
+    assert np.array_equal(read_image(tmp_path / "clear.png"), pixels)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    assert np.array_equal(read_image(tmp_path / "grey.png"), pixels[..., :1].repeat(3, 2))
+
+
+def bomb(path: Path, side: int = 60_000) -> Path:
+    """A valid PNG of a few bytes that decodes to side x side pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * (side * (1 + (side + 7) // 8)), 9)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    return path
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded_unless_the_limit_is_raised(tmp_path) -> None:
+    path = bomb(tmp_path / "bomb.png", 14_000)
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(UserError, match=r"bomb.png: Image size \(196000000 pixels\) exceeds .* data.max_pixels"):
+        read_image(path)
+    small = bomb(tmp_path / "small.png", 1_000)
+    with pytest.raises(UserError, match="data.max_pixels"):
+        read_image(small, max_pixels=999_999)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(small, max_pixels=1_000_000).shape == (1_000, 1_000, 3)
+    assert limit == Image.MAX_IMAGE_PIXELS  # the program's own setting is left as it was
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image"])

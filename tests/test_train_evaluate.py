@@ -10,13 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save
 
 train, evaluate = ROOT / "train.py", ROOT / "evaluate.py"
 SCENES = ["data.train.scenes=12", "data.val.scenes=5"]
@@ -137,6 +139,66 @@ def test_a_users_own_dataset_is_three_lines_of_yaml(here, run, potholes) -> None
     assert code == 0 and json.loads(Path(out.strip().splitlines()[-1]).read_text())["images"] == 3
 
 
+NATIVE = ["model.pretrained=null", "data.crop_size=128", "data.batch_size=2", "data.workers=0", "trainer.max_steps=2"]
+
+
+def report_of(result: tuple[int, str, str]) -> dict:
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(Path(out.strip().splitlines()[-1]).read_text())
+
+
+def test_ade20k_trains_and_is_scored_by_its_protocol(here, run, ade20k) -> None:
+    code, out, err = run(train, "data=ade20k", f"data.root={ade20k}", *NATIVE)
+    assert code == 0, err
+    assert "4 train images, 3 val images, 150 classes, batch of 2" in out
+    report = report_of(run(evaluate, f"checkpoint={only_run(here) / 'best.ckpt'}"))
+    assert report["protocol"] == {"size": [2048, 512], "align": 32, "window": None, "stride": None}
+    assert report["images"] == 3 and len(report["per_class"]) == 150
+
+
+def label_train_ids(root: Path, folder: str = "gtFine", suffix: str = "labelTrainIds") -> None:
+    """What csCreateTrainIdLabelImgs adds, here in place of the labelIds."""
+    table = np.full(256, 255, np.uint8)
+    table[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = range(19)
+    for path in root.glob("gtFine/*/*/*_labelIds.png"):
+        name = path.name.replace("labelIds", suffix)
+        save(root / folder / path.parent.relative_to(root / "gtFine") / name, table[np.array(Image.open(path))])
+        path.unlink()
+
+
+def test_cityscapes_scores_the_same_from_label_ids_and_label_train_ids(here, run, cityscapes) -> None:
+    code, out, err = run(train, "data=cityscapes", f"data.root={cityscapes}", *NATIVE)
+    assert code == 0, err
+    assert "4 train images, 4 val images, 19 classes" in out
+    checkpoint = f"checkpoint={only_run(here) / 'best.ckpt'}"
+    first = report_of(run(evaluate, checkpoint))
+    assert first["protocol"] == {"size": None, "align": 1, "window": [1024, 1024], "stride": [768, 768]}
+    label_train_ids(cityscapes)
+    second = report_of(run(evaluate, checkpoint))
+    assert second["images"] == 4 and second["per_class"] == first["per_class"] and second["miou"] == first["miou"]
+    assert sum(row["pixels"] for row in first["per_class"]) > 0
+
+
+def test_train_ids_under_another_name_are_not_taken_for_label_ids(here, run, cityscapes) -> None:
+    label_train_ids(cityscapes, suffix="ids")
+    command = ["data=cityscapes", f"data.root={cityscapes}", *NATIVE]
+    command += [f"data.{split}.masks=gtFine/{split}/*/*_gtFine_ids.png" for split in ("train", "val")]
+    assert "looks like train ids (255, and no other value above 18)" in told(run(train, *command))
+    code, _, err = run(train, *command, 'data.train_ids="*"', "hydra.run.dir=again")
+    assert code == 0, err
+
+
+def test_the_samples_of_both_datasets_train(here, run, shared) -> None:
+    roots = {"ade20k": shared / "ade20k_sample" / "ADEChallengeData2016", "cityscapes": shared / "cityscapes_sample"}
+    for data, root in roots.items():
+        code, _, err = run(train, f"data={data}", f"data.root={root}", "data.train=${data.val}", *NATIVE)
+        assert code == 0, err
+        (checkpoint,) = here.glob(f"runs/b0_{data}/*/best.ckpt")
+        report = report_of(run(evaluate, f"checkpoint={checkpoint}"))
+        assert report["images"] == {"ade20k": 2, "cityscapes": 1}[data]
+
+
 def test_real_photographs_train(here, run, shared) -> None:
     limits = ["trainer.limit_val_batches=2", "data.crop_size=96"]
     code, _, err = run(train, "data=camvid", f"data.root={shared / 'camvid'}", *SHORT, *limits)
@@ -188,6 +250,49 @@ def test_a_broken_run_goes_on_as_if_unbroken(here, run, cut, resumes_at) -> None
     # a finished run has nothing left to do and loses nothing
     code, out, _ = run(train, "resume=auto")
     assert code == 0 and "best val/miou" in out and rows(broken, "val/miou") == rows(unbroken, "val/miou")
+
+
+def test_a_run_goes_on_with_other_micro_batches(here, run) -> None:
+    command = [*SMALL, "data.batch_size=4", "model.drop_path_rate=0", "optim.lr=1e-4"]
+    code, _, err = run(train, *command, "data.micro_batch_size=1")
+    assert code == 0, err
+    unbroken = only_run(here).rename(here / "unbroken")
+    bomb = ["+logger.bomb._target_=tests.test_train_evaluate.Bomb", "+logger.bomb.step=5"]
+    with pytest.raises(ConnectionError):
+        run(train, *command, "data.micro_batch_size=2", *bomb)
+    broken = only_run(here)
+    assert torch.load(broken / "last.ckpt", weights_only=True)["global_step"] == 4
+    code, _, err = run(train, f"resume={broken}", "data.micro_batch_size=1", "logger={}")
+    assert code == 0, err
+    assert list(rows(broken, "val/miou")) == list(rows(unbroken, "val/miou")) == [2, 5, 7]
+    assert rows(broken, "lr") == rows(unbroken, "lr") and list(rows(broken, "train/loss")) == list(range(8))
+    saved = torch.load(broken / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 8
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 32
+
+
+def test_two_processes_write_one_run_and_score_as_one(here, run) -> None:
+    several = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+    options = {"capture_output": True, "text": True, "cwd": here, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    scenes = ["data.train.scenes=12", "data.val.scenes=7"]
+    done = subprocess.run([sys.executable, str(train), *SHORT, *scenes, *several], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder: ") == done.stdout.count("best val/miou") == 1
+    assert "batch of 2 = 2 processes x 1 accumulated x 1" in done.stdout and "warn" not in done.stderr.lower()
+    folder = only_run(here)
+    assert {path.name for path in folder.iterdir()} == {
+        "best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "previews"
+    }  # fmt: skip
+    command = [sys.executable, str(evaluate), f"checkpoint={folder / 'best.ckpt'}"]
+    reports = []
+    for more in (several, ["trainer.devices=1", "trainer.accelerator=cpu"]):
+        done = subprocess.run([*command, *more], check=False, **options)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((here / done.stdout.strip().splitlines()[-1]).read_text()))
+    together, alone = reports
+    assert together["images"] == alone["images"] == 7
+    assert together["miou"] == alone["miou"] and together["per_class"] == alone["per_class"]
+    assert max(rows(folder, "val/miou").values()) == pytest.approx(alone["miou"], abs=1e-6)
 
 
 def test_a_moved_run_keeps_its_best_and_a_relative_root_resumes(here, run, potholes) -> None:
@@ -303,13 +408,62 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(here, run, what) ->
     overrides, expected = BAD[what]
     sentence = told(run(train, *(SHORT if "data=camvid" in overrides else SMALL), *overrides))
     assert expected in sentence
-    if what not in ("bad schedule", "text for a number"):  # found when the run folder stands
+    if what != "bad schedule":  # found when the run folder stands
         assert not list(here.iterdir())
+
+
+class Moody:
+    """A source whose third sample brings its worker down, or keeps it for ever."""
+
+    def __init__(self, way: str) -> None:
+        self.way, self.home = way, os.getpid()
+
+    def __len__(self) -> int:
+        return 4
+
+    def name(self, index: int) -> str:
+        return f"moody {index}"
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == 2 and os.getpid() != self.home:
+            if self.way == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return np.zeros((64, 64, 3), np.uint8), (np.arange(64) % 2).astype(np.uint8)[None].repeat(64, 0)
+
+
+WORKERS = {
+    "dies": "a data worker died, mostly for want of memory or shared memory; use fewer data.workers",
+    "hangs": "timed out after 3 seconds: a data worker hangs, often on a slow or lost network disk; raise data.",
+}
+
+
+@pytest.mark.parametrize("way", WORKERS)
+def test_a_worker_that_dies_or_hangs_is_one_sentence(here, run, way) -> None:
+    source = [f"~data.{split}" for split in ("train", "val")]
+    for split in ("train", "val"):
+        source += [f"+data.{split}._target_=tests.test_train_evaluate.Moody", f"+data.{split}.way={way}"]
+    short = [override for override in SHORT if "workers" not in override]
+    command = ["data=folder", "data.root=x", "data.classes=[a,b]", "model.pretrained=null", *short, *source]
+    assert WORKERS[way] in told(run(train, *command, "data.workers=1", "data.worker_timeout=3"))
+
+
+def test_a_bad_file_in_training_is_one_sentence_that_names_it(here, run, potholes) -> None:
+    command = ["data=folder", f"data.root={potholes}", "data.classes=[background,pothole]", "model.pretrained=null"]
+    command += [*SHORT, "data.workers=1"]
+    path = potholes / "images/train/road 2 ü.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    sentence = told(run(train, *command))
+    assert f"cannot read image {path}: " in sentence and "truncated" in sentence and "replace or remove" in sentence
+    path.write_bytes(whole)
+    save(potholes / "masks/train/road 2 ü.png", np.full((62, 80), 7, np.uint8))
+    assert f"none of the 2 classes declares, in {potholes}/masks/train/road 2 ü.png (7 in" in told(run(train, *command))
 
 
 def test_bad_masks_and_lonely_files_are_one_sentence(here, run, potholes) -> None:
     command = ["data=folder", f"data.root={potholes}", "model.pretrained=null", *SHORT]
-    assert "holds the value 1" in told(run(train, *command, "data.classes=[background]"))
+    assert "none of the 1 classes declares" in told(run(train, *command, "data.classes=[background]"))
     (potholes / "masks/train/road 2 ü.png").unlink()
     assert "1 of 4 files have no mask" in told(run(train, *command, "data.classes=[background,pothole]"))
 

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -77,3 +79,49 @@ def test_an_image_and_mask_of_unequal_sizes_are_told(potholes) -> None:
 def test_hidden_files_are_no_samples(potholes) -> None:
     (potholes / "images/train/.DS_Store").write_bytes(b"x")
     assert len(Pairs(potholes, "images/train/*", "masks/train/*")) == 4
+
+
+def test_the_first_mask_pattern_that_finds_files_is_read(potholes) -> None:
+    pairs = Pairs(potholes, "images/val/*", ["ids/val/*", "masks/val/*"])
+    assert pairs.mask_name(0).endswith("masks/val/road 0 ü.png")
+    with pytest.raises(UserError, match="3 of 3 files have no mask, .*expected .*ids/val/road 0"):
+        Pairs(potholes, "images/val/*", ["ids/val/*", "other/val/*"])
+
+
+def test_an_image_turned_by_its_exif_and_a_mask_that_is_not_are_told(potholes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = potholes / "images/train/road 0 ü.jpg"
+    Image.open(path).save(path, exif=exif)
+    with pytest.raises(UserError, match=r"is upright, as its EXIF orientation says, 60x80 but its mask .* is 80x60"):
+        Pairs(potholes, "images/train/*", "masks/train/*")[0]
+
+
+def test_the_two_spellings_of_an_umlaut_are_one_name(potholes) -> None:
+    composed, decomposed = "road 0 \u00fc.png", "road 0 u\u0308.png"
+    (potholes / "masks/val" / composed).rename(potholes / "masks/val" / decomposed)
+    assert len(Pairs(potholes, "images/val/*", "masks/val/*")) == 3
+
+
+@pytest.mark.parametrize("folder", ["", "images", "images/train", "masks/train"])
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(potholes, folder) -> None:
+    (potholes / folder).chmod(0)
+    user = os.geteuid()
+    for parent in potholes.parents[:3]:  # pytest's own folders, closed to others
+        if user == 0:
+            parent.chmod(0o755)
+    try:
+        if user == 0:
+            os.seteuid(65534)  # nobody: root may read everything
+        with pytest.raises(UserError, match="Permission denied; make it readable|not readable"):
+            Pairs(potholes, "images/train/*", "masks/train/*")
+    finally:
+        os.seteuid(user)
+        (potholes / folder).chmod(0o755)
+
+
+def test_cityscapes_and_ade20k_are_found_in_their_native_trees(cityscapes, ade20k) -> None:
+    frames = Pairs(cityscapes, "leftImg8bit/val/*/*_leftImg8bit.png", "gtFine/val/*/*_gtFine_labelIds.png")
+    assert len(frames) == 4 and frames.mask_name(3).endswith("munster_000001_000019_gtFine_labelIds.png")
+    scenes = Pairs(ade20k, "images/validation/*.jpg", "annotations/validation/*.png")
+    assert len(scenes) == 3 and scenes[0][0].shape == (66, 96, 3)
