@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from segformer.errors import UserError
@@ -101,6 +101,9 @@ def opened(what: str, path: Path, max_pixels: int) -> Iterator[Image.Image]:
             ImageOps.exif_transpose(image, in_place=True)
     except Image.DecompressionBombError as error:
         raise UserError(f"cannot read {what} {path}: {error} If you trust the file, raise data.max_pixels") from error
+    except UnidentifiedImageError as error:
+        reason = "the file holds no image that Pillow knows" if path.stat().st_size else "the file is empty"
+        raise UserError(f"cannot read {what} {path}: {reason}; replace or remove it") from error
     except PermissionError as error:
         raise UserError(f"cannot read {what} {path}: permission denied; make it readable") from error
     except Exception as error:  # decoders raise whatever a damaged file leads them to

@@ -109,11 +109,13 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded_unless_the_limit_i
     assert limit == Image.MAX_IMAGE_PIXELS  # the program's own setting is left as it was
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image"])
-def test_broken_images_are_told(tmp_path, content) -> None:
+@pytest.mark.parametrize(("content", "reason"), [(b"", "the file is empty"), (b"text", "holds no image")])
+def test_broken_images_are_told(tmp_path, content, reason) -> None:
     (tmp_path / "x.jpg").write_bytes(content)
-    with pytest.raises(UserError, match="cannot read image .*x.jpg"):
+    with pytest.raises(UserError, match=rf"cannot read image .*x.jpg: .*{reason}.*; replace or remove it"):
         read_image(tmp_path / "x.jpg")
+    with pytest.raises(UserError, match="cannot read image .*nowhere.jpg: .*No such file"):
+        read_image(tmp_path / "nowhere.jpg")
 
 
 def test_a_truncated_image_is_not_half_a_grey_picture(tmp_path) -> None:
