@@ -85,6 +85,13 @@ def test_schedule_multiplies_warmup_on_poly_for_both_rates(tiny) -> None:
         schedule.step()
 
 
+def test_the_optimiser_is_the_papers(tiny) -> None:
+    optimizer, _ = adamw(tiny, max_steps=100, warmup_steps=10, **RECIPE)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
+    assert not optimizer.defaults["amsgrad"]
+
+
 def test_no_warmup_starts_at_the_full_rate() -> None:
     assert warmup_poly(10, 0, 1e-6, 1.0)(0) == 1.0
     assert warmup_poly(10, 0, 1e-6, 0.9)(5) == pytest.approx(0.5**0.9)

@@ -40,7 +40,9 @@ class Pairs:
     ) -> None:
         if root is None:
             raise UserError("data.root is not set: add data.root=FOLDER, the folder that holds the images and masks")
-        root, choices = Path(root).expanduser(), [masks] if isinstance(masks, str) else list(masks)
+        root, choices = Path(root).expanduser(), [masks] if isinstance(masks, str) else masks
+        if not isinstance(choices, Sequence) or not choices or any(not isinstance(one, str) for one in choices):
+            raise UserError(f"masks is {masks!r}, expected a pattern below data.root or a list of patterns")
         for pattern in (images, *choices):
             if any(sign in pattern for sign in ("**", "?", "[")) or Path(pattern).is_absolute():
                 raise UserError(

@@ -55,6 +55,9 @@ def test_wrong_roots_and_patterns_are_told(potholes) -> None:
     for pattern in ("images/**/*.png", "images/a?.png", "/images/*.png"):
         with pytest.raises(UserError, match="only single stars"):
             Pairs(potholes, pattern, "masks/train/*")
+    for masks in (None, 5, [], [5]):
+        with pytest.raises(UserError, match=r"masks is .*, expected a pattern below data.root or a list"):
+            open_source("train", {"images": "images/train/*", "masks": masks}, str(potholes))
     for spec in (None, "images"):
         with pytest.raises(UserError, match="data.train is .*expected {images: pattern, masks: pattern}"):
             open_source("train", spec, str(potholes))
