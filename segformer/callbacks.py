@@ -24,7 +24,8 @@ LINE_SECONDS = 15  # between two lines of progress where there is no terminal to
 
 
 # What does not concern a user is kept off the terminal.
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # advertisements, one banner a device
+for _logger in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_logger).setLevel(logging.WARNING)  # advertisements, one banner a device
 for _message in (
     r".*treespec, LeafSpec.*",  # Lightning 2.6 calls a helper that torch deprecated
     r".*recommended to use `self.log\('val/.*sync_dist=True.*",  # the matrix is summed over processes before

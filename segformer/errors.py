@@ -3,6 +3,7 @@
 Everything else is a bug of ours and keeps its traceback.
 """
 
+import errno
 import inspect
 import os
 import sys
@@ -21,6 +22,10 @@ _PLAIN = {int: "an integer", float: "a number", str: "text", bool: "true or fals
 
 class UserError(ValueError):
     """A mistake the reader can mend: the message names the thing, the value found, what was expected and the fix."""
+
+
+class SharedError(UserError):
+    """One that every process meets at the same point: the first one tells it for all."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -75,7 +80,8 @@ def explained() -> Iterator[None]:
         sentence = _sentence(error)
         if sentence is None:
             raise
-        print(f"error{f' in process {process()}' if process() else ''}: {sentence}", file=sys.stderr)
+        if not (process() and isinstance(error, SharedError)):
+            print(f"error{f' in process {process()}' if process() else ''}: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -89,10 +95,11 @@ def process() -> int:
 def tidy(folder: str) -> Iterator[None]:
     """A command that stops before it writes anything leaves no empty folder behind, nor its two empty parents.
 
-    Only the first of several processes writes: the others do without a folder from the start.
+    Only the first of several processes writes: of those that torchrun or SLURM started, the others have folders of
+    their own, which go at once.
     """
     try:
-        if process():
+        if process() and not {"RANK", "SLURM_PROCID"}.isdisjoint(os.environ):
             with suppress(OSError):
                 Path(folder).rmdir()
         yield
@@ -103,6 +110,10 @@ def tidy(folder: str) -> Iterator[None]:
                 break
             with suppress(OSError):  # not empty, or gone already
                 empty.rmdir()
+
+
+_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed
 
 
 def _worker_sentence(text: str) -> str | None:
@@ -125,7 +136,12 @@ def _sentence(error: Exception) -> str | None:  # noqa: PLR0911 (one return a ki
         return str(error).rpartition("UserError: ")[2].strip()
     if isinstance(error, RuntimeError) and "DataLoader" in str(error):
         return _worker_sentence(" ".join(str(error).split()))
-    if isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__ == "DistBackendError"):
+    if isinstance(error, OSError) and error.errno in _DISK and error.filename:
+        reason = (error.strerror or "").lower()
+        return f"cannot write {error.filename}: {reason}; check the path, its permissions and the space on its disk"
+    if "Misconfig" in type(error).__name__:  # Lightning's type for settings that contradict the data
+        return " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__ in _LOST):
         return "the connection to another process broke: that one's own message, if it left one, says why"
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
         return (

@@ -124,19 +124,26 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         UserError: the file is missing, empty, truncated, too large, or holds colours instead of ids.
     """
     with opened("mask", path, max_pixels) as image:
-        if image.mode not in ("L", "P", "1", "I;16", "I"):
+        if image.mode not in ("L", "P", "1", "I") and not image.mode.startswith("I;16"):
             raise UserError(
                 f"mask {path} is a {image.mode} image, expected one channel of class ids: "
                 "save it as an 8-bit or 16-bit grey or palette PNG"
             )
         raw = np.array(image)
+        if image.format == "PNG" and image.mode == "L" and (bits := _png_depth(path)) < 8:
+            raw //= 255 // (2**bits - 1)  # Pillow stretches 2 and 4 bits to bytes
     if raw.dtype == np.int32:  # Pillow widens some 16-bit files
         if raw.min() < 0 or raw.max() >= _RAW_VALUES:
             raise UserError(
                 f"mask {path} holds values from {raw.min()} to {raw.max()}, expected 0 to {_RAW_VALUES - 1}"
             )
         return raw.astype(np.uint16)
-    return raw.astype(np.uint8) if raw.dtype == bool else raw
+    return raw.astype(np.uint8 if raw.itemsize == 1 else np.uint16)
+
+
+def _png_depth(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.read(25)[24]  # after the signature, chunk length and name, width and height
 
 
 def distinct_colors(count: int) -> np.ndarray:

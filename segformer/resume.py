@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from segformer.checkpoints import Pretrained, load_checkpoint, write_atomically
 from segformer.data.datamodule import SegmentationData
-from segformer.errors import UserError
+from segformer.errors import SharedError, UserError
 
 # what may differ when a run goes on: where it computes, never what it computes
 _MAY_CHANGE = (
@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "data.workers",
     "data.worker_timeout",
     "data.micro_batch_size",
+    "data.max_pixels",
     "logger",
 )
 # Lightning's own ways that the recipe has no use for
@@ -82,21 +83,25 @@ class LastCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
-        if not self.debug and trainer.strategy.broadcast(trainer.is_global_zero and not self._claimed(trainer)):
-            raise UserError(f"{self.path.parent} holds a run already: give a new folder, or resume={self.path.parent}")
+        refusal = self._claim(new=trainer.ckpt_path is None) if trainer.is_global_zero and not self.debug else None
+        if refusal := trainer.strategy.broadcast(refusal):  # or the others would wait for the first one
+            raise SharedError(refusal)
 
-    def _claimed(self, trainer: pl.Trainer) -> bool:
-        """Writes the configuration; False if another run was here first."""
-        claim = self.path.with_name("config.yaml")
-        claim.parent.mkdir(parents=True, exist_ok=True)
-        if trainer.ckpt_path is None:
-            try:
+    def _claim(self, new: bool) -> str | None:
+        """Writes the configuration; what is wrong, if another run was here first or nothing can be written."""
+        claim, folder = self.path.with_name("config.yaml"), self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if new:
                 claim.open("x").close()
-            except FileExistsError:
-                return False
-        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        write_atomically(claim, lambda file: file.write(text.encode()))
-        return True
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            write_atomically(claim, lambda file: file.write(text.encode()))
+        except FileExistsError:
+            resume = f", or resume={folder}" if self.path.is_file() else ""
+            return f"{folder} holds a run already: give a new folder{resume}"
+        except OSError as error:
+            return f"cannot write {claim}: {error.strerror}; give another folder"
+        return None
 
     def on_load_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning counts micro-batches, of which another number of devices may need more or fewer a step
@@ -154,9 +159,13 @@ def start(config: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
 
 
 def share_batches(trainer: pl.Trainer, data: SegmentationData) -> None:
-    """Derives how many micro-batches make one optimiser step, in which Lightning counts its validation interval."""
+    """Derives how many micro-batches make one optimiser step, in which Lightning counts whatever it counts."""
     trainer.accumulate_grad_batches = data.accumulated(trainer.world_size)
-    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's set-up
+    if trainer.limit_val_batches:
+        data.require_images(trainer.world_size)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's set-up
+        trainer.limit_train_batches *= trainer.accumulate_grad_batches
+    else:
         trainer.val_check_interval *= trainer.accumulate_grad_batches
 
 
@@ -188,10 +197,11 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
     change what is computed is refused by name.
     """
     if resume == "auto":
-        runs = sorted(Path(config["run"]).parent.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-        if not runs or not runs[-1].with_name("last.ckpt").is_file():
-            return None  # there is none, or it stopped before its first checkpoint
-        run = runs[-1].parent
+        folders = Path(config["run"]).parent.glob("*/config.yaml")
+        runs = [path for path in folders if path.with_name("last.ckpt").is_file()]  # others never reached a checkpoint
+        if not runs:
+            return None
+        run = max(runs, key=lambda path: path.stat().st_mtime).parent
     else:
         run = Path(resume).expanduser().absolute()
         if run.name == "last.ckpt":

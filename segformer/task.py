@@ -112,6 +112,7 @@ class SegmentationTask(pl.LightningModule):
             self.trainer.should_stop = True
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        # DDP hands the first process's BatchNorm statistics to all before their first image: one network is scored
         labels = segment(self.model, batch["image"], self.protocol)
         self.confusion.update(labels, batch["mask"])
         return labels

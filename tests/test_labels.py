@@ -1,3 +1,6 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -87,6 +90,43 @@ def test_palette_bilevel_and_wide_masks_are_read_as_ids(tmp_path) -> None:
     assert read_mask(tmp_path / "p.png").tolist() == ids.tolist()
     assert read_mask(tmp_path / "wide.png").tolist() == (ids * np.uint16(300)).tolist()
     assert read_mask(tmp_path / "one.png").tolist() == [[0, 0], [1, 1]]
+    (tmp_path / "be.tif").write_bytes(big_endian(ids))
+    assert read_mask(tmp_path / "be.tif").tolist() == ids.tolist()
+
+
+def big_endian(ids: np.ndarray) -> bytes:
+    """A 16-bit grey TIFF, high byte first: what some microscopes and GIS tools write."""
+    tags = [
+        (256, ids.shape[1]),
+        (257, ids.shape[0]),
+        (258, 16),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, ids.shape[0]),
+    ]
+    tags += [(279, 2 * ids.size)]
+    pixels = ids.astype(">u2").tobytes()
+    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack(">2sHI", b"MM", 42, 8 + len(pixels)) + pixels + struct.pack(">H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_ids_in_fewer_than_eight_bits_are_not_stretched(tmp_path, bits) -> None:
+    values = list(range(2**bits))
+    packed = bytes(
+        sum(value << (8 - bits * (place + 1)) for place, value in enumerate(values[start : start + 8 // bits]))
+        for start in range(0, len(values), 8 // bits)
+    )
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + packed)) + chunk(b"IEND", b"")
+    (tmp_path / "few.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    assert read_mask(tmp_path / "few.png").tolist() == [values]
 
 
 def test_colour_truncated_and_missing_masks_are_told(tmp_path) -> None:

@@ -271,6 +271,16 @@ def test_a_run_goes_on_with_other_micro_batches(here, run) -> None:
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 32
 
 
+def test_what_every_process_meets_is_told_once(here, run) -> None:
+    several = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+    (here / "mine").mkdir()
+    (here / "mine/config.yaml").touch()
+    command = [sys.executable, str(train), *SMALL, *several, "hydra.run.dir=mine"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("error") == 1 and "mine holds a run already" in done.stderr
+
+
 def test_two_processes_write_one_run_and_score_as_one(here, run) -> None:
     several = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
     options = {"capture_output": True, "text": True, "cwd": here, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
@@ -278,7 +288,7 @@ def test_two_processes_write_one_run_and_score_as_one(here, run) -> None:
     done = subprocess.run([sys.executable, str(train), *SHORT, *scenes, *several], check=False, **options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: ") == done.stdout.count("best val/miou") == 1
-    assert "batch of 2 = 2 processes x 1 accumulated x 1" in done.stdout and "warn" not in done.stderr.lower()
+    assert "batch of 2 = 2 processes x 1\n" in done.stdout and "warn" not in done.stderr.lower()
     folder = only_run(here)
     assert {path.name for path in folder.iterdir()} == {
         "best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "previews"
@@ -333,6 +343,38 @@ def test_a_folder_that_holds_a_run_is_not_written_over(here, run) -> None:
     before = (here / "mine" / "best.ckpt").read_bytes()
     assert "holds a run already" in told(run(train, *SMALL, "trainer.max_steps=2", "hydra.run.dir=mine"))
     assert (here / "mine" / "best.ckpt").read_bytes() == before and rows(here / "mine", "val/miou")
+
+
+def test_a_run_that_reached_no_checkpoint_is_not_offered_to_go_on(here, run) -> None:
+    run(train, *SMALL, "trainer.max_steps=2", "hydra.run.dir=runs/b0_toy/older")
+    (here / "runs/b0_toy/newer").mkdir()
+    (here / "runs/b0_toy/newer/config.yaml").write_text("")
+    sentence = told(run(train, *SMALL, "hydra.run.dir=runs/b0_toy/newer"))
+    assert "newer holds a run already: give a new folder" in sentence and "resume=" not in sentence
+    code, out, _ = run(train, *SMALL, "trainer.max_steps=2", "resume=auto")  # the newest that can
+    assert code == 0 and f"goes on from {here / 'runs/b0_toy/older/last.ckpt'}" in out
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(here, run) -> None:
+    (here / "file").touch()  # no folder can be made in a file, whoever one is
+    assert "cannot write file/run: not a directory; check the path" in told(
+        run(train, *SMALL, "hydra.run.dir=file/run")
+    )
+
+
+def test_debug_takes_two_whole_steps_and_writes_no_checkpoint(here, run) -> None:
+    code, _, err = run(train, *SMALL, "trainer=debug", "trainer.max_steps=8", "data.micro_batch_size=1")
+    assert code == 0 and "step 2 of 2" in err, err
+    assert not list(here.rglob("*.ckpt"))
+
+
+def test_more_validation_images_can_be_decoded_when_a_run_goes_on(here, run) -> None:
+    run(train, *SMALL, "trainer.max_steps=2")
+    changes = ["data.max_pixels=400000000", "data.worker_timeout=60"]
+    code, _, err = run(train, f"resume={only_run(here)}", *changes)
+    assert code == 0, err
+    saved = yaml.safe_load((only_run(here) / "config.yaml").read_text())
+    assert (saved["data"]["max_pixels"], saved["data"]["worker_timeout"]) == (400_000_000, 60)
 
 
 def test_half_weights_train_and_score(here, run) -> None:
@@ -399,6 +441,7 @@ BAD = {
     "no steps": (["trainer.max_steps=0"], "trainer.max_steps is 0, expected an integer of at least 1"),
     "unknown logger": (["+logger.mine._target_=nowhere.Logger"], "nowhere.Logger"),
     "no such weights": (["model.pretrained=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+    "a fraction of the images that is none": (["trainer.limit_val_batches=0.1"], "0.1 * 5 < 1"),
     "bad schedule": (["optim.loss_denominator=some"], "loss denominator is 'some'"),
 }
 
@@ -408,7 +451,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(here, run, what) ->
     overrides, expected = BAD[what]
     sentence = told(run(train, *(SHORT if "data=camvid" in overrides else SMALL), *overrides))
     assert expected in sentence
-    if what != "bad schedule":  # found when the run folder stands
+    if what not in ("bad schedule", "a fraction of the images that is none"):  # found when the run folder stands
         assert not list(here.iterdir())
 
 

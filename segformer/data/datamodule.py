@@ -12,7 +12,7 @@ from segformer.data.dataset import SegmentationDataset
 from segformer.data.sampler import EvaluationShard, TrainingBatches
 from segformer.data.sources import open_source
 from segformer.data.transforms import TrainTransform
-from segformer.errors import UserError, build
+from segformer.errors import SharedError, UserError, build
 from segformer.inference import Protocol, pair
 from segformer.labels import IGNORE, Classes
 from segformer.pixels import MAX_PIXELS
@@ -101,13 +101,22 @@ class SegmentationData(pl.LightningDataModule):
         most = self.micro_batch_size or share
         return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= most)
 
+    def require_images(self, processes: int) -> None:
+        """Raises SharedError unless each process has an image to score: Lightning leaves an idle one out and hangs."""
+        images = len(self.datasets["val"])
+        if images < processes:
+            raise SharedError(
+                f"data.val holds {images} image{'s' * (images > 1)} for {processes} processes, expected at least one "
+                f"for each: use trainer.devices={images}"
+            )
+
     def summary(self, processes: int = 1) -> str:
         """How many samples of what, and who takes how many of them in one optimiser step."""
         sizes = ", ".join(f"{len(dataset)} {split} images" for split, dataset in self.datasets.items())
         parts = self.accumulated(processes)
-        micro = self.batch_size // (processes * parts)
-        shares = "" if processes * parts == 1 else f" = {processes} processes x {parts} accumulated x {micro}"
-        return f"{sizes}, {len(self.classes)} classes, batch of {self.batch_size}{shares}"
+        shares = [f"{count} {what}" for count, what in ((processes, "processes"), (parts, "accumulated")) if count > 1]
+        shown = " x ".join(["", *shares, str(self.batch_size // (processes * parts))]).replace(" x ", " = ", 1)
+        return f"{sizes}, {len(self.classes)} classes, batch of {self.batch_size}{shown if shares else ''}"
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
@@ -128,11 +137,7 @@ class SegmentationData(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         dataset = self.datasets["val"]
-        if len(dataset) < trainer.world_size:  # Lightning's loop would leave the idle process out and then wait for it
-            raise UserError(
-                f"data.val holds {len(dataset)} images, fewer than the {trainer.world_size} processes that share them: "
-                f"use trainer.devices={len(dataset)}"
-            )
+        self.require_images(trainer.world_size)
         shard = EvaluationShard(len(dataset), trainer.global_rank, trainer.world_size)
         # one image a batch: images keep their own sizes
         return DataLoader(

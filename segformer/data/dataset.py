@@ -51,13 +51,17 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
         return {"image": torch.from_numpy(channels_first), "mask": torch.from_numpy(np.ascontiguousarray(mask))}
 
     def _encode(self, index: int, raw: np.ndarray) -> np.ndarray:
-        indices = self.train_ids is not None and fnmatchcase(Path(self._mask_name(index)).name, self.train_ids)
+        indices = self._holds_train_ids(index)
         if self.train_ids is not None and not indices and self.classes.looks_encoded(raw):
             raise UserError(
                 f"mask {self._mask_name(index)} looks like train ids (255, and no other value above "
-                f"{len(self.classes) - 1}) but its name says raw ids: add 'data.train_ids=\"*\"' if it holds train ids"
+                f"{len(self.classes) - 1}) but its name says raw ids: add 'data.train_ids=\"*\"' if it holds train "
+                "ids, else data.train_ids=null"
             )
         return self.classes.encode(raw, indices)
+
+    def _holds_train_ids(self, index: int) -> bool:
+        return self.train_ids is not None and fnmatchcase(Path(self._mask_name(index)).name, self.train_ids)
 
     def _mask_name(self, index: int) -> str:
         return self.source.mask_name(index) if isinstance(self.source, Pairs) else self.source.name(index)
@@ -77,7 +81,7 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
             except UserError:  # damaged in another way: told when it is its turn
                 continue
         files = "; ".join(f"{self._mask_name(number)} ({found[number]})" for number in sorted(found))
-        return UserError(
-            f"values that none of the {len(self.classes)} classes declares, in {files}: "
-            "list them under data.classes or in data.ignore"
-        )
+        fix = "list them under data.classes or in data.ignore"
+        if self._holds_train_ids(index):
+            fix = "their names say train ids, so add data.train_ids=null if they hold raw ids"
+        return UserError(f"values that none of the {len(self.classes)} classes declares, in {files}: {fix}")

@@ -118,7 +118,7 @@ def open_source(split: str, spec: Any, root: str | None, max_pixels: int = MAX_P
 
 def _find(root: Path, pattern: str) -> dict[tuple[str, ...], Path]:
     """Files below `root` that match, by what the stars stand for; of a final star without the extension."""
-    expression = re.compile("(.+)".join(re.escape(part) for part in pattern.split("*")))
+    expression = re.compile("(.+)".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
     found: dict[tuple[str, ...], Path] = {}
     for path in sorted(_walk(root, pattern.split("/"))):
         match = expression.fullmatch(path.relative_to(root).as_posix())
@@ -141,7 +141,7 @@ def _walk(folder: Path, parts: list[str]) -> Iterator[Path]:
         if "*" in first:
             with os.scandir(folder) as entries:
                 shown = [entry for entry in entries if fnmatchcase(entry.name, first) and entry.name[0] != "."]
-                paths = [Path(entry.path) for entry in shown if rest or entry.is_file()]
+                paths = [Path(entry.path) for entry in shown if rest or not _is_folder(entry)]
         else:
             paths = [folder / first] if rest or (folder / first).is_file() else []
     except (FileNotFoundError, NotADirectoryError):
@@ -150,6 +150,13 @@ def _walk(folder: Path, parts: list[str]) -> Iterator[Path]:
         raise UserError(f"cannot read folder {folder}: {error.strerror}; make it readable") from error
     for path in paths:
         yield from _walk(path, rest) if rest else [path]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere: told when it is opened, by its own name
+        return False
 
 
 def _fill(pattern: str, key: tuple[str, ...]) -> str:

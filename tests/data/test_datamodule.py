@@ -1,7 +1,7 @@
 import pytest
 
 from segformer.data.datamodule import SegmentationData
-from segformer.errors import UserError, build
+from segformer.errors import SharedError, UserError, build
 from tests.conftest import TOY
 
 
@@ -57,4 +57,13 @@ def test_a_batch_that_cannot_be_shared_is_told() -> None:
 def test_the_shares_of_a_step_are_told() -> None:
     data = build("data", SegmentationData, TOY | {"batch_size": 8, "micro_batch_size": 2}).opened("train", "val")
     assert data.summary(2).endswith("batch of 8 = 2 processes x 2 accumulated x 2")
+    assert data.summary(4).endswith("batch of 8 = 4 processes x 2")
+    assert data.summary(1).endswith("batch of 8 = 4 accumulated x 2")
+
+
+def test_a_split_of_fewer_images_than_processes_is_told() -> None:
+    data = build("data", SegmentationData, TOY | {"val": {"scenes": 2, "seed": 1}}).opened("val")
+    data.require_images(2)
+    with pytest.raises(SharedError, match="data.val holds 2 images for 3 processes.*: use trainer.devices=2"):
+        data.require_images(3)
     assert build("data", SegmentationData, TOY).opened("train").summary().endswith("batch of 2")

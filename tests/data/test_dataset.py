@@ -78,3 +78,14 @@ def test_train_ids_under_the_name_of_raw_ids_are_noticed(tmp_path) -> None:
     with pytest.raises(UserError, match=r"a_labelIds.png looks like train ids .* add 'data.train_ids=\"\*\"'"):
         SegmentationDataset(source, classes, train_ids="*_labelTrainIds.png")[0]
     assert SegmentationDataset(source, classes, train_ids="*")[0]["mask"].tolist() == [[0, 1, 255]]
+    assert SegmentationDataset(source, classes)[0]["mask"].tolist() == [[255, 255, 255]]  # raw after all
+
+
+def test_raw_ids_under_the_name_of_train_ids_are_told_with_the_way_out(tmp_path) -> None:
+    save_pair(tmp_path, "val", "a_labelTrainIds", np.zeros((1, 3, 3), np.uint8), np.array([[0, 7, 26]], np.uint8))
+    source = Pairs(tmp_path, "images/val/*", "masks/val/*")
+    data = SegmentationDataset(source, Classes.from_config(TABLE, [0]), train_ids="*_labelTrainIds.png")
+    with pytest.raises(
+        UserError, match=r"\(7, 26 in 2 of 3 pixels\): their names say train ids, .*data.train_ids=null"
+    ):
+        data[0]

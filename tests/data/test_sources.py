@@ -123,6 +123,15 @@ def test_a_folder_that_may_not_be_read_is_not_an_empty_one(potholes, folder) -> 
         (potholes / folder).chmod(0o755)
 
 
+def test_a_link_that_leads_nowhere_is_told_by_its_own_name(potholes) -> None:
+    for index, target in enumerate(("nowhere.jpg", "road 1 ü.jpg")):  # a dead link, and one that leads to itself
+        path = potholes / f"images/train/road {index} ü.jpg"
+        path.unlink()
+        path.symlink_to(target)
+        with pytest.raises(UserError, match=f"cannot read image .*road {index} ü.jpg: "):
+            Pairs(potholes, "images/train/*", "masks/train/*")[index]
+
+
 def test_cityscapes_and_ade20k_are_found_in_their_native_trees(cityscapes, ade20k) -> None:
     frames = Pairs(cityscapes, "leftImg8bit/val/*/*_leftImg8bit.png", "gtFine/val/*/*_gtFine_labelIds.png")
     assert len(frames) == 4 and frames.mask_name(3).endswith("munster_000001_000019_gtFine_labelIds.png")
