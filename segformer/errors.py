@@ -153,6 +153,8 @@ def _sentence(error: Exception) -> str | None:  # noqa: PLR0911 (one return a ki
     cause = error.__cause__ or error
     node, key, full_key = (getattr(cause, name, None) for name in ("parent_node", "key", "full_key"))
     if isinstance(node, Mapping) and "not in struct" in str(cause):
+        if key == "data":  # of evaluate.py, which has a dataset of its own only if one is named
+            return "keys of data change a dataset that is named beside them: add data=NAME"
         keys = [str(name) for name in node]
         return f"unknown key '{full_key}'{nearest(str(key), keys)}: expected one of {', '.join(sorted(keys))}"
     if "Missing mandatory value" in str(error):

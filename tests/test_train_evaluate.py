@@ -516,6 +516,7 @@ def test_evaluating_on_other_classes_is_refused(here, run, potholes) -> None:
     checkpoint = f"checkpoint={only_run(here) / 'best.ckpt'}"
     other = ["data=folder", f"data.root={potholes}", "data.classes=[background,pothole]", "data.workers=0"]
     assert "has 8 classes, the data 2" in told(run(evaluate, checkpoint, *other))
+    assert "add data=NAME" in told(run(evaluate, checkpoint, f"data.root={potholes}"))
     assert "no checkpoint file at nowhere.ckpt" in told(run(evaluate, "checkpoint=nowhere.ckpt"))
     assert "'checkpoint' is not set" in told(run(evaluate))
     assert not (here / "reports").exists()
