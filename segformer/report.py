@@ -99,7 +99,7 @@ def _markdown(report: Mapping[str, Any]) -> str:
         "",
         " | ".join(f"{label} **{_percent(report[key])}**" for key, label in _HEADLINE.items()),
         "",
-        f"{_counted(report)} images; {describe(Protocol(**settings))}; precision {report.get('precision', 'unknown')}.",
+        f"{_counted(report)}; {describe(Protocol(**settings))}; precision {report.get('precision', 'unknown')}.",
         f"Checkpoint: `{report.get('checkpoint', 'unknown')}`.",
         "",
         "| class | IoU | Acc | Dice | pixels |",
@@ -114,8 +114,10 @@ def _markdown(report: Mapping[str, Any]) -> str:
 
 
 def _counted(report: Mapping[str, Any]) -> str:
-    whole = report.get("split_images", report["images"])
-    return str(whole) if whole == report["images"] else f"only {report['images']} of {whole}"
+    images, whole = report["images"], report.get("split_images", report["images"])
+    if images != whole:
+        return f"only {images} of {whole} images"
+    return f"{images} image{'s' * (images != 1)}"
 
 
 def _number(value: float) -> float | None:

@@ -93,7 +93,7 @@ class SegmentationData(pl.LightningDataModule):
     def accumulated(self, processes: int) -> int:
         """Micro-batches of one optimiser step: the fewest equal ones that share `batch_size` over the processes."""
         if self.batch_size % processes:
-            raise UserError(
+            raise SharedError(
                 f"data.batch_size={self.batch_size} cannot be shared evenly by {processes} processes: "
                 f"use a multiple of {processes}, or another trainer.devices"
             )

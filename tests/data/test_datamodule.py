@@ -50,7 +50,7 @@ def test_accumulation_follows_from_batch_devices_and_what_fits_on_one(batch_size
 
 def test_a_batch_that_cannot_be_shared_is_told() -> None:
     data = build("data", SegmentationData, TOY | {"batch_size": 8})
-    with pytest.raises(UserError, match="data.batch_size=8 cannot be shared evenly by 3 processes: use a multiple"):
+    with pytest.raises(SharedError, match="data.batch_size=8 cannot be shared evenly by 3 processes: use a multiple"):
         data.accumulated(3)
 
 
