@@ -1,6 +1,8 @@
 """No network, no account: set before anything imports the libraries that would look for one."""
 
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,6 +95,18 @@ def save_pair(root: Path, split: str, stem: str, image: np.ndarray, mask: np.nda
 def save(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
+
+
+def grey_png(path: Path, width: int, height: int, bits: int, rows: bytes) -> Path:
+    """A grey PNG of 1 to 16 bits from its packed rows, each behind its filter byte: Pillow writes no 2 or 4 bits."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
 
 
 @pytest.fixture

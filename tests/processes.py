@@ -8,27 +8,16 @@ import os
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from segformer import resume
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import build
 from segformer.inference import Protocol
 from segformer.task import SegmentationTask
 from tests.conftest import TOY, randomize, small
-from tests.test_task import RECIPE, Record
-
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def trainer(**options) -> pl.Trainer:
-    return pl.Trainer(
-        **options, **resume.LOOP, accelerator="cpu", devices=PROCESSES, strategy="ddp",
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    )  # fmt: skip
+from tests.test_task import PROCESSES, Record, quiet, trained
 
 
 def scored(scenes: int) -> dict[str, float]:
@@ -36,16 +25,13 @@ def scored(scenes: int) -> dict[str, float]:
     model = small(data.classes.names)
     randomize(model)
     task = SegmentationTask(model, Protocol())
-    trainer().validate(task, data, verbose=False)
+    quiet().validate(task, data, verbose=False)
     return {"images": task.images_scored, "miou": task.scores.miou}
 
 
 def losses(steps: int) -> list[float]:
-    data = build("data", SegmentationData, TOY | {"batch_size": 16}, seed=0).opened("train", "val")
-    task, record = SegmentationTask(small(data.classes.names), Protocol(), RECIPE, steps), Record(frozen=True)
-    loop = trainer(max_steps=steps, limit_val_batches=0, callbacks=[record], log_every_n_steps=1)
-    resume.share_batches(loop, data)
-    loop.fit(task, data)
+    record = Record(frozen=True)
+    trained(record, steps, batch_size=16)
     assert all(len(images) == 16 // PROCESSES for images, _ in record.batches)
     return record.losses
 

@@ -1,5 +1,6 @@
 """Every YAML is opened, composed and built into what it configures."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -89,6 +90,12 @@ def test_model_and_data_by_one_word_each_are_the_papers_recipe(variant, data) ->
         160_000, EVERY[data], 4_000
     )  # fmt: skip
     assert (trainer["precision"], trainer["fast_dev_run"], trainer["limit_val_batches"]) == ("32-true", False, 1.0)
+
+
+def test_how_samples_are_read_by_default_is_the_same_in_python_and_yaml() -> None:
+    schema = inspect.signature(SegmentationData).parameters
+    loading = yaml.safe_load((CONFIGS / "loading.yaml").read_text())
+    assert loading == {key: schema[key].default for key in loading}
 
 
 def test_the_head_of_a_training_run_drops_whole_channels() -> None:

@@ -1,5 +1,4 @@
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -7,6 +6,7 @@ from PIL import Image
 
 from segformer.errors import UserError
 from segformer.labels import Classes, UndeclaredValues, distinct_colors, read_mask
+from tests.conftest import grey_png
 from tests.test_pixels import bomb
 
 
@@ -119,14 +119,8 @@ def test_ids_in_fewer_than_eight_bits_are_not_stretched(tmp_path, bits) -> None:
         sum(value << (8 - bits * (place + 1)) for place, value in enumerate(values[start : start + 8 // bits]))
         for start in range(0, len(values), 8 // bits)
     )
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + packed)) + chunk(b"IEND", b"")
-    (tmp_path / "few.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    assert read_mask(tmp_path / "few.png").tolist() == [values]
+    path = grey_png(tmp_path / "few.png", len(values), 1, bits, b"\0" + packed)
+    assert read_mask(path).tolist() == [values]
 
 
 def test_colour_truncated_and_missing_masks_are_told(tmp_path) -> None:

@@ -1,6 +1,4 @@
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import cv2
@@ -12,6 +10,7 @@ from PIL import Image
 
 from segformer.errors import UserError
 from segformer.pixels import MEAN, PAD, STD, bilinear_matrix, normalize, read_image, resize, row_bands
+from tests.conftest import grey_png
 
 
 def test_normalised_pixels_are_those_of_imagenet() -> None:
@@ -85,14 +84,7 @@ def test_grey_cmyk_and_transparent_photographs_keep_their_colours(tmp_path) -> N
 
 def bomb(path: Path, side: int = 60_000) -> Path:
     """A valid PNG of a few bytes that decodes to side x side pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(b"\0" * (side * (1 + (side + 7) // 8)), 9)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
-    return path
+    return grey_png(path, side, side, 1, b"\0" * (side * (1 + (side + 7) // 8)))
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded_unless_the_limit_is_raised(tmp_path) -> None:

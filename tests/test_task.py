@@ -1,5 +1,7 @@
 """The recipe as the training loop applies it: rates, losses and batches step by step."""
 
+import os
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -14,6 +16,7 @@ from segformer.pixels import normalize
 from segformer.task import SegmentationTask, synchronized
 from tests.conftest import TOY, small
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 RECIPE = {
     "lr": 6e-5,
     "betas": [0.9, 0.999],
@@ -48,14 +51,19 @@ class Record(pl.Callback):
 def trained(record: Record, steps: int, **data) -> SegmentationTask:
     loaders = build("data", SegmentationData, TOY | data, seed=0).opened("train", "val")
     task = SegmentationTask(small(loaders.classes.names), Protocol(), RECIPE, steps)
-    options = {"max_steps": steps, "val_check_interval": steps, "limit_val_batches": 0, "accelerator": "cpu"}
-    trainer = pl.Trainer(
-        **options, **resume.LOOP, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[record], log_every_n_steps=1,
-    )  # fmt: skip
+    options = {"max_steps": steps, "val_check_interval": steps, "limit_val_batches": 0, "log_every_n_steps": 1}
+    trainer = quiet(**options, callbacks=[record])
     resume.share_batches(trainer, loaders)
     trainer.fit(task, loaders)
     return task
+
+
+def quiet(**options) -> pl.Trainer:
+    """A trainer on as many CPU processes as a launcher started, or on this one."""
+    return pl.Trainer(
+        **options, **resume.LOOP, accelerator="cpu", devices=PROCESSES, strategy="ddp" if PROCESSES > 1 else "auto",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
 
 
 def test_the_rates_of_both_groups_follow_warm_up_times_decay_at_every_step() -> None:

@@ -115,8 +115,10 @@ class SegmentationData(pl.LightningDataModule):
         sizes = ", ".join(f"{len(dataset)} {split} images" for split, dataset in self.datasets.items())
         parts = self.accumulated(processes)
         shares = [f"{count} {what}" for count, what in ((processes, "processes"), (parts, "accumulated")) if count > 1]
-        shown = " x ".join(["", *shares, str(self.batch_size // (processes * parts))]).replace(" x ", " = ", 1)
-        return f"{sizes}, {len(self.classes)} classes, batch of {self.batch_size}{shown if shares else ''}"
+        batch = f"batch of {self.batch_size}"
+        if shares:
+            batch += " = " + " x ".join([*shares, str(self.batch_size // (processes * parts))])
+        return f"{sizes}, {len(self.classes)} classes, {batch}"
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer

@@ -61,9 +61,9 @@ class Pairs:
         found_images = _find(root, images)
         if not found_images:
             raise UserError(f"no images at {root / images}: check data.root and the pattern")
-        found = {pattern: _find(root, pattern) for pattern in choices}
-        pattern = next((pattern for pattern in choices if found[pattern]), choices[0])
-        found_masks = found[pattern]
+        pattern, found_masks = next(
+            ((choice, found) for choice in choices if (found := _find(root, choice))), (choices[0], {})
+        )
         for files, partners, what, wanted in (
             (found_images, found_masks, "mask", pattern),
             (found_masks, found_images, "image", images),

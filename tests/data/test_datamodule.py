@@ -59,6 +59,7 @@ def test_the_shares_of_a_step_are_told() -> None:
     assert data.summary(2).endswith("batch of 8 = 2 processes x 2 accumulated x 2")
     assert data.summary(4).endswith("batch of 8 = 4 processes x 2")
     assert data.summary(1).endswith("batch of 8 = 4 accumulated x 2")
+    assert build("data", SegmentationData, TOY).opened("train").summary().endswith("batch of 2")
 
 
 def test_a_split_of_fewer_images_than_processes_is_told() -> None:
@@ -66,4 +67,3 @@ def test_a_split_of_fewer_images_than_processes_is_told() -> None:
     data.require_images(2)
     with pytest.raises(SharedError, match="data.val holds 2 images for 3 processes.*: use trainer.devices=2"):
         data.require_images(3)
-    assert build("data", SegmentationData, TOY).opened("train").summary().endswith("batch of 2")
