@@ -25,13 +25,13 @@ def main(settings: DictConfig) -> float:
 def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     from lightning.pytorch import Trainer  # not above: --help and a misspelt key need no torch
 
-    from segformer import callbacks, checkpoints, report
+    from segformer import callbacks, checkpoints, files, report
     from segformer.data.datamodule import SegmentationData
     from segformer.inference import Protocol
     from segformer.model import SegformerForSemanticSegmentation
     from segformer.task import SegmentationTask
 
-    source, options = checkpoints.absolute(config["checkpoint"]), config["trainer"]
+    source, options = files.absolute(config["checkpoint"]), config["trainer"]
     trained = checkpoints.training_config(source, needed=own_data is None)
     section = instantiate(config["data"], _convert_="all") if own_data else trained["data"]
     data = build("data", SegmentationData, section).opened("val")

@@ -11,23 +11,48 @@ from typing import Any
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 _HOMES = {
-    "SegformerConfig": "segformer.config",
-    "VARIANTS": "segformer.config",
-    "SegformerModel": "segformer.model",
-    "SegformerDecodeHead": "segformer.model",
-    "SegformerForSemanticSegmentation": "segformer.model",
-    "Protocol": "segformer.inference",
-    "segment": "segformer.inference",
+    "segformer.config": ("SegformerConfig", "VARIANTS"),
+    "segformer.model": (
+        "SegformerModel",
+        "SegformerDecodeHead",
+        "SegformerForSemanticSegmentation",
+        "SegformerForImageClassification",
+        "SegformerPreTrainedModel",
+    ),
+    "segformer.processor": (
+        "SegformerImageProcessor",
+        "SegformerImageProcessorPil",
+        "SegformerImageProcessorFast",
+        "SegformerFeatureExtractor",
+        "BatchFeature",
+    ),
+    "segformer.inference": ("Protocol", "segment"),
+    "segformer.predict": ("pipeline",),
 }
-__all__ = list(_HOMES)
+# transformers' names for "whatever the folder holds": here that is always a SegFormer
+_THIN = {
+    "AutoConfig": "SegformerConfig",
+    "AutoModel": "SegformerModel",
+    "AutoModelForSemanticSegmentation": "SegformerForSemanticSegmentation",
+    "AutoModelForImageClassification": "SegformerForImageClassification",
+    "AutoImageProcessor": "SegformerImageProcessor",
+}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = list(_WHERE | _THIN)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name.startswith("TFSegformer"):
+        raise ImportError(
+            f"{name}: there is no TensorFlow network here; `python -m segformer convert tf_model.h5 FOLDER` brings its "
+            "weights to SegformerForSemanticSegmentation"
+        )
+    name = _THIN.get(name, name)
+    if name not in _WHERE:
         raise AttributeError(f"module 'segformer' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_WHERE[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])

@@ -1,39 +1,52 @@
-"""Weights in and out: one rename table read in both directions, strict loading, safe files, atomic writes."""
+"""Weights in and out, in every naming: strict loading, safe files, atomic writes."""
 
-import json
 import os
+import pickle
 import re
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from segformer.config import SegformerConfig
-from segformer.errors import UserError
+from segformer.errors import UserError, process
+from segformer.files import locate, read_json, reason, write_atomically, write_json
+from segformer.namings import (
+    HEADS,
+    Weights,
+    adapt_stem,
+    common_dtype,
+    fits,
+    from_ours,
+    from_tensorflow,
+    has_mmseg_head,
+    infer_config,
+    misshapen,
+    to_ours,
+    under,
+    unwrap,
+)
 
-Weights = dict[str, Tensor]
-_FILES = {".bin", ".ckpt", ".h5", ".pt", ".pth", ".safetensors"}
 Model = TypeVar("Model", bound="Pretrained")
 
-# ours -> Hugging Face's names on disk, the same in every version of transformers
-RENAMES = (
-    ("stages.{i}.patch_embeddings.", "encoder.patch_embeddings.{i}."),
-    ("stages.{i}.blocks.{j}.layernorm_before.", "encoder.block.{i}.{j}.layer_norm_1."),
-    ("stages.{i}.blocks.{j}.layernorm_after.", "encoder.block.{i}.{j}.layer_norm_2."),
-    ("stages.{i}.blocks.{j}.attention.q_proj.", "encoder.block.{i}.{j}.attention.self.query."),
-    ("stages.{i}.blocks.{j}.attention.k_proj.", "encoder.block.{i}.{j}.attention.self.key."),
-    ("stages.{i}.blocks.{j}.attention.v_proj.", "encoder.block.{i}.{j}.attention.self.value."),
-    ("stages.{i}.blocks.{j}.attention.o_proj.", "encoder.block.{i}.{j}.attention.output.dense."),
-    ("stages.{i}.blocks.{j}.attention.sequence_reduction.", "encoder.block.{i}.{j}.attention.self.sr."),
-    ("stages.{i}.blocks.{j}.attention.layer_norm.", "encoder.block.{i}.{j}.attention.self.layer_norm."),
-    ("stages.{i}.blocks.{j}.mlp.fc1.", "encoder.block.{i}.{j}.mlp.dense1."),
-    ("stages.{i}.blocks.{j}.mlp.dwconv.", "encoder.block.{i}.{j}.mlp.dwconv.dwconv."),
-    ("stages.{i}.blocks.{j}.mlp.fc2.", "encoder.block.{i}.{j}.mlp.dense2."),
-    ("stages.{i}.layer_norm.", "encoder.layer_norm.{i}."),
-    ("decode_head.linear_projections.{i}.", "decode_head.linear_c.{i}.proj."),
+WEIGHTS_LICENSE = (
+    "These weights are, or were trained from, weights that NVIDIA publishes under its own licence, which restricts "
+    "commercial use: read it at https://github.com/NVlabs/SegFormer/blob/master/LICENSE"
 )
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "tf_model.h5")  # in a folder or hub repository; the first counts
+# keywords of transformers' from_pretrained beside those in the signature: what the download is given, what changes
+# nothing here, and what is refused unless it is off. All others are fields of the configuration.
+_HUB = ("cache_dir", "local_files_only", "revision", "token")
+_IGNORED = ("low_cpu_mem_usage", "trust_remote_code", "use_safetensors")
+_REFUSED = {
+    "device_map": "call .to(device) on the model",
+    "output_loading_info": "loading is strict, warnings say the rest",
+}
 
 
 class Pretrained(nn.Module):
@@ -46,82 +59,156 @@ class Pretrained(nn.Module):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls: type[Model], source: str | os.PathLike[str], **overrides: Any) -> Model:
-        """A model in eval mode from a folder, a training checkpoint (`.ckpt`) or a hub id.
+    def from_pretrained(
+        cls: type[Model],
+        source: str | os.PathLike[str],
+        *,
+        config: SegformerConfig | None = None,
+        ignore_mismatched_sizes: bool = False,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        weights_only: bool = True,
+        allow_pickle: bool = False,
+        **overrides: Any,
+    ) -> Model:
+        """A model in eval mode from a folder, a file in any naming (`read` has the list) or a hub id.
 
-        overrides replace fields of the stored configuration. Strict: every tensor of the model must be in the file
-        with its shape; only a head that this class does not have is left aside.
+        config: instead of the stored one. overrides: fields of the configuration to replace, and transformers' own
+        keywords (`_HUB`, `_IGNORED`). Strict: every tensor of the model must be in the file with its shape. Two
+        exceptions, each told in a warning: a head that is absent as a whole starts fresh, and with
+        ignore_mismatched_sizes so does a classifier of other classes, and an RGB stem is adapted to other bands.
+        dtype: "float16" or so; "auto" = the file's; None = float32. allow_pickle (or weights_only=False): read files
+        that hold more than tensors, which can run any code.
 
         Raises:
             UserError: nothing there, another architecture, or tensors missing, left over or of another shape.
         """
-        weights, values = read(source)
-        if values is None:
-            raise UserError(f"{source} holds weights but no config.json, expected both: put them into one folder")
-        model = cls(SegformerConfig.from_dict(values, **overrides))
-        load(model, _for_class(weights, model), str(source))
+        hub = {key: overrides.pop(key) for key in _HUB if key in overrides}
+        for key in _IGNORED:
+            overrides.pop(key, None)
+        for key, instead in _REFUSED.items():
+            if overrides.pop(key, None):
+                raise UserError(f"from_pretrained does not take {key}: {instead}")
+        checkpoint = read(source, allow_pickle or not weights_only, hub)
+        if config is not None:
+            checkpoint.config = config.to_dict()
+        return cls.from_checkpoint(checkpoint, ignore_mismatched_sizes, dtype or torch_dtype, **overrides)
+
+    @classmethod
+    def from_checkpoint(
+        cls: type[Model],
+        checkpoint: "Checkpoint",
+        ignore_mismatched_sizes: bool = False,
+        dtype: str | torch.dtype | None = None,
+        **overrides: Any,
+    ) -> Model:
+        """As `from_pretrained`, of what `read` gave."""
+        model = cls(checkpoint.configuration(**overrides)).to(common_dtype(dtype, checkpoint.weights))
+        weights, notes = _completed(checkpoint, model, ignore_mismatched_sizes)
+        load(model, weights, checkpoint.source)
+        for note in notes:
+            warnings.warn(f"{checkpoint.source}: {note}", stacklevel=3)
+        if hasattr(model, "decode_head"):  # False in old ImageNet folders: no decode head can use flattened tokens
+            model.config.reshape_last_stage = True
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors` under Hugging Face's names; transformers loads the folder."""
+        """Writes `config.json` and `model.safetensors` under Hugging Face's names; transformers loads the folder.
+
+        Weights that came under a licence of their own take a `NOTICE` along.
+        """
         from safetensors.torch import save
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "architectures": [type(self).__name__]}
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+        write_json(folder / "config.json", values)
         # metadata: transformers refuses files that do not say which framework wrote them
         tensors = save(to_disk(self.state_dict()), metadata={"format": "pt"})
         write_atomically(folder / "model.safetensors", lambda file: file.write(tensors))
+        notice = getattr(self.config, "weights_license", None)
+        if notice:
+            write_atomically(folder / "NOTICE", lambda file: file.write(f"{notice}\n".encode()))
 
 
-def read(source: str | os.PathLike[str]) -> tuple[Weights, dict[str, Any] | None]:
-    """Weights under our names and, where the source carries one, the content of its `config.json`.
+@dataclass
+class Checkpoint:
+    """What a source holds: weights under our names, and what is known about them."""
 
-    source: a folder (`model.safetensors` or `pytorch_model.bin`), a `.ckpt` of ours, or a hub id `owner/name`.
-    Files are read as safetensors or with `weights_only=True`: nothing in them can run.
+    source: str
+    weights: Weights
+    naming: str  # a key of namings.NAMINGS: what the names were
+    tensors: int  # how many there were
+    notes: list[str]  # what was dropped, a sentence each
+    config: dict[str, Any] | None  # the content of config.json, where it fits
+    classes: Sequence[str] | None  # names that came without a configuration
+    license: str | None
+
+    def configuration(self, **overrides: Any) -> SegformerConfig:
+        """The stored configuration, or else what the shapes tell, with fields replaced."""
+        try:
+            values = self.config or infer_config(self.weights, self.classes).to_dict()
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}") from error
+        config = SegformerConfig.from_dict(values, **overrides)
+        if self.license:
+            config.weights_license = self.license  # type: ignore[attr-defined]
+        return config
+
+
+def read(
+    source: str | os.PathLike[str], allow_pickle: bool = False, hub: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Opens a checkpoint in whatever naming.
+
+    source: a folder (`config.json` with `model.safetensors`, `pytorch_model.bin` or `tf_model.h5`); a file
+    (`.safetensors`, `.pth`, `.pt`, `.bin`, `.h5`, `.ckpt`), whose configuration is that of a training run of ours, a
+    config.json beside it that fits, or inferred; or a hub id `owner/name`. hub: keywords of the download.
+    Files are read as safetensors or with `weights_only=True`, so that nothing in them can run, unless allow_pickle.
     """
     path = Path(source)
-    if not path.exists():
-        path = _download(str(source))
-    if path.is_file():
-        return _read_training_checkpoint(path)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            weights = from_disk(_read_tensors(path / name))
-            break
-    else:
-        raise UserError(f"no weights in {path}: expected model.safetensors or pytorch_model.bin beside config.json")
-    config = path / "config.json"
+    file = path if path.is_file() else _weights_of(source, hub or {})
+    content = _content(file, allow_pickle)
+    values = _trained(content) or read_json(file.with_name("config.json"))
     try:
-        return weights, json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{config} is not valid JSON: {error}") from error
+        tensors, aside = unwrap(content)
+        weights, naming, dropped = to_ours(tensors)
+        if values and path.is_file() and not fits(values, weights):
+            values = None  # of another model that happens to lie in the same folder
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    meta = content["meta"] if isinstance(content.get("meta"), Mapping) else {}
+    classes = meta.get("CLASSES")
+    classes = classes if isinstance(classes, list | tuple) else None
+    license = _license(str(source), naming, (values or {}, meta))
+    return Checkpoint(str(source), weights, naming, len(tensors), [*aside, *dropped], values, classes, license)
 
 
 def start_from(model: Pretrained, source: str | os.PathLike[str]) -> str:
-    """Loads pretrained weights for training and says what was taken.
+    """Loads pretrained weights of any naming for training and says what was taken.
 
-    The encoder must fit whole. The decode head is taken when it fits too (a checkpoint of the same classes) and
-    otherwise stays as initialised: fine-tuning on other classes is the usual case.
+    The encoder must fit whole, but for its stem, which is adapted from RGB to the model's bands. The decode head is
+    taken when it fits too (a checkpoint of the same classes) and otherwise stays as initialised: fine-tuning on other
+    classes is the usual case. The licence of the weights, where one is known, goes into the model's configuration.
     """
-    weights, _ = read(source)
-    own = model.state_dict()
-    if not any(name.startswith("segformer.") for name in weights):  # a bare encoder
-        weights = {f"segformer.{name}": tensor for name, tensor in weights.items()}
-    encoder = {name: tensor for name, tensor in weights.items() if name.startswith("segformer.")}
-    head = {name: tensor for name, tensor in weights.items() if name.startswith("decode_head.")}
-    fresh = {name: tensor for name, tensor in own.items() if name.startswith("decode_head.")}
+    checkpoint, own = read(source), model.state_dict()
+    adapted = adapt_stem(checkpoint.weights, model.config.num_channels)
+    encoder = under(checkpoint.weights, "segformer.")
+    head, fresh = under(checkpoint.weights, "decode_head."), under(own, "decode_head.")
     head_fits = {name: tensor.shape for name, tensor in head.items()} == {n: t.shape for n, t in fresh.items()}
     load(model, {**(head if head_fits else fresh), **encoder}, str(source))
+    if checkpoint.license:
+        model.config.weights_license = checkpoint.license  # type: ignore[attr-defined]
+    end = "".join(f"; {note}" for note in adapted)
     if head_fits:
-        return f"loaded encoder and decode head from {source}"
-    why = "the checkpoint has none"
-    if "decode_head.classifier.weight" in head:
+        return f"loaded encoder and decode head from {source}{end}"
+    why = "its decode head is mmsegmentation's" if has_mmseg_head(head) else "its width differs"
+    if not head:
+        why = "the checkpoint has none"
+    elif "decode_head.classifier.weight" in head:
         found, wanted = (len(side["decode_head.classifier.weight"]) for side in (head, own))
-        why = f"the checkpoint has {found} classes, the data {wanted}" if found != wanted else "its width differs"
-    return f"loaded the encoder from {source}; the decode head starts fresh ({why})"
+        why = f"the checkpoint has {found} classes, the data {wanted}" if found != wanted else why
+    return f"loaded the encoder from {source}; the decode head starts fresh ({why}){end}"
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -135,78 +222,57 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
             )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
-            found, expected = tuple(tensor.shape), tuple(own[name].shape)
-            if name.startswith(("decode_head.classifier.", "classifier.")):
-                raise UserError(f"decode head: {source} has {found[0]} classes, the model has {expected[0]}")
-            raise UserError(f"{name} in {source} has shape {found}, the model expects {expected}: another variant?")
+            raise UserError(misshapen(name, tuple(tensor.shape), tuple(own[name].shape), source))
     model.load_state_dict(dict(weights))
 
 
 def to_disk(weights: Mapping[str, Tensor]) -> Weights:
-    """Our names -> Hugging Face's on disk; the fused key/value rows are split."""
-    split: Weights = {}
-    for name, tensor in weights.items():
-        if ".kv_proj." in name:
-            key, value = tensor.chunk(2)
-            split[name.replace(".kv_proj.", ".k_proj.")] = key
-            split[name.replace(".kv_proj.", ".v_proj.")] = value
-        else:
-            split[name] = tensor
-    return {_rename(name, _TO_DISK): tensor.detach().cpu().contiguous() for name, tensor in split.items()}
+    """Our names -> Hugging Face's on disk, as plain tensors in memory of the CPU."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in from_ours(weights, "hf")[0].items()}
 
 
-def from_disk(weights: Mapping[str, Tensor]) -> Weights:
-    """Hugging Face's names on disk -> ours; key and value are fused."""
-    named = {_rename(name, _FROM_DISK): tensor for name, tensor in weights.items()}
-    fused: Weights = {}
-    for name, tensor in named.items():
-        if ".k_proj." in name:
-            partner = named.get(name.replace(".k_proj.", ".v_proj."))
-            if partner is None:
-                raise UserError(f"checkpoint has {name} without its value projection: the file is incomplete")
-            fused[name.replace(".k_proj.", ".kv_proj.")] = torch.cat([tensor, partner])
-        elif ".v_proj." not in name:
-            fused[name] = tensor
-    return fused
+def save_nvlabs(model: Pretrained, path: str | os.PathLike[str]) -> tuple[int, list[str]]:
+    """Writes a `.pth` under NVlabs' names; how many tensors, and sentences about what had to be made up.
 
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file that is either whole or as it was: temporary file beside it, flush, fsync, replace."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    A segmentation model becomes `{"state_dict", "meta": {"CLASSES"}}` as the original's are, an encoder or classifier
+    a bare dict of tensors as `mit_b0.pth` is.
+    """
+    weights, notes = from_ours(model.state_dict(), "nvlabs")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    meta = {
+        "CLASSES": tuple(model.config.id2label.values()),
+        "weights_license": getattr(model.config, "weights_license", None),
+    }
+    content = {"state_dict": weights, "meta": meta} if under(weights, "decode_head.") else weights
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save(content, file))
+    return len(weights), notes
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a training checkpoint of ours; `weights_only`, so nothing in the file can run."""
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give the path of a best.ckpt or last.ckpt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types here: truncated zip, foreign pickle, not a zip at all
-        raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
-    found = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
-    if not isinstance(found, dict) or not {"model", "config"} <= found.keys():
+    checkpoint = _unpickle(path)
+    if _trained(checkpoint) is None:
         raise UserError(f"{path} is not a checkpoint of this project: train.py writes best.ckpt and last.ckpt")
     return checkpoint
 
 
 def training_config(source: str | os.PathLike[str], needed: bool) -> dict[str, Any]:
     """The configuration a `.ckpt` was trained with; of any other source nothing, an error where it is needed."""
-    if not Path(source).is_file():
+    path = Path(source)
+    if not path.is_file():
         if needed:
             raise UserError(
                 f"no checkpoint file at {source}: give the path of a best.ckpt or last.ckpt, or add data=NAME to "
                 "score a folder or hub id"
             )
         return {}
-    config: dict[str, Any] = load_checkpoint(Path(source))["hyper_parameters"]["config"]
+    if not needed and (path.suffix != ".ckpt" or _trained(_unpickle(path)) is None):
+        return {}
+    config: dict[str, Any] = load_checkpoint(path)["hyper_parameters"]["config"]
     if needed and any("_target_" in config["data"][split] for split in ("train", "val")):
         raise UserError(
             f"{source} was trained on a source class of your own, which a checkpoint may not start: add data=NAME"
@@ -214,71 +280,110 @@ def training_config(source: str | os.PathLike[str], needed: bool) -> dict[str, A
     return config
 
 
-def absolute(source: str) -> str:
-    """A local path made absolute; a hub id as it is."""
-    return os.path.abspath(os.path.expanduser(source)) if os.path.exists(os.path.expanduser(source)) else source
-
-
 def model_name(source: str | os.PathLike[str], trained: Mapping[str, Any]) -> str:
     """What to call a model in a report: its choice (b0) where it was trained here, else the last part of its source."""
     return str(trained["choices"]["model"]) if trained else Path(source).name
 
 
-def _read_training_checkpoint(path: Path) -> tuple[Weights, dict[str, Any]]:
-    checkpoint = load_checkpoint(path)
-    prefix = "model."  # the attribute of the LightningModule that holds the network
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return weights, checkpoint["hyper_parameters"]["model"]
+def _weights_of(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
+    for name in _WEIGHTS:  # one after the other: a repository may hold the same weights in three formats
+        file = locate(source, ("config.json", name), hub) / name
+        if file.is_file():
+            return file
+    raise UserError(f"no weights in {source}: expected {', '.join(_WEIGHTS)} beside config.json")
 
 
-def _read_tensors(path: Path) -> Weights:
+def _content(path: Path, allow_pickle: bool) -> Any:
+    if path.suffix == ".h5":
+        return from_tensorflow(_read_h5(path))
+    if path.suffix != ".safetensors":
+        return _unpickle(path, allow_pickle)
+    from safetensors.torch import load_file
+
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        return load_file(path)
+    except Exception as error:  # safetensors raises types of its own for each kind of damage
+        raise UserError(f"cannot read weights {path}: {reason(error)}") from error
 
-            return load_file(path)
+
+def _unpickle(path: Path, allow_pickle: bool = False) -> Any:
+    try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch raise types of their own for each kind of damage
-        raise UserError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from error
-
-
-def _download(repository: str) -> Path:
-    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or Path(repository).suffix in _FILES:
-        raise UserError(f"no checkpoint at {repository}: expected a folder, a .ckpt file or a hub id owner/name")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["config.json", "model.safetensors", "pytorch_model.bin"]
+    except Exception as error:  # torch raises a dozen types here: truncated zip, foreign pickle, not a zip at all
+        if not isinstance(error, pickle.UnpicklingError):
+            raise UserError(f"cannot read checkpoint {path}: {reason(error)}") from error
+        if not allow_pickle:
+            what = re.search(r"GLOBAL (\S+) was not", str(error))
+            raise UserError(
+                f"cannot read checkpoint {path} safely: it holds {what[1] if what else 'more than tensors'}, and such "
+                "a file can run any code; if you trust its origin, pass allow_pickle=True to from_pretrained or "
+                "--allow-pickle to `python -m segformer convert`"
+            ) from error
+    warnings.warn(f"allow_pickle: whatever code {path} holds RUNS NOW with your rights", stacklevel=2)
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
-    except Exception as error:  # offline, unknown repository, no access, no space: each a type of its own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot fetch {repository} from the hub ({reason}): pass a local folder instead") from error
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # of whatever the file's own code does
+        raise UserError(f"cannot read checkpoint {path}: {reason(error)}") from error
 
 
-def _for_class(weights: Weights, model: nn.Module) -> Weights:
-    """Adds or strips the `segformer.` prefix and leaves aside heads that the model does not have."""
-    whole = any(name.startswith("segformer.") for name in weights)
-    if hasattr(model, "segformer"):
-        return weights if whole else {f"segformer.{name}": tensor for name, tensor in weights.items()}
-    prefix = "segformer." if whole else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+def _read_h5(path: Path) -> Weights:
+    try:
+        import h5py  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError(f'{path} needs h5py: pip install "segformer[tf]"') from error
+    arrays: Weights = {}
+
+    def collect(name: str, node: Any) -> None:
+        # the data sets, not the attribute `weight_names`: Keras cuts that into pieces where it grows past 64 kB
+        if isinstance(node, h5py.Dataset):
+            arrays[name] = torch.from_numpy(node[()])
+
+    try:
+        with h5py.File(path) as file:
+            file.visititems(collect)
+    except OSError as error:
+        raise UserError(f"cannot read weights {path}: {reason(error)}") from error
+    return arrays
 
 
-def _compile(pairs: list[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
-    rules = []
-    for found, wanted in pairs:
-        pattern = re.escape(found).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-        rules.append((re.compile(rf"(?:^|(?<=\.)){pattern}"), wanted.replace("{i}", r"\g<i>").replace("{j}", r"\g<j>")))
-    return rules
+def _trained(content: Any) -> dict[str, Any] | None:
+    """The network's configuration in a training checkpoint of ours."""
+    found = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+    return found["model"] if isinstance(found, Mapping) and {"model", "config"} <= found.keys() else None
 
 
-_TO_DISK = _compile(list(RENAMES))
-_FROM_DISK = _compile([(disk, ours) for ours, disk in RENAMES])
+def _license(source: str, naming: str, stored: Sequence[Mapping[str, Any]]) -> str | None:
+    """What `stored` says, or NVIDIA's for what NVIDIA published, which is then told once on stderr."""
+    for values in stored:
+        if "weights_license" in values:
+            return values["weights_license"]
+    if not source.startswith("nvidia/") and naming != "nvlabs":
+        return None
+    if process() == 0:
+        print(f"{source}: {WEIGHTS_LICENSE}", file=sys.stderr)
+    return WEIGHTS_LICENSE
 
 
-def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, wanted in rules:
-        renamed, count = pattern.subn(wanted, name, count=1)
-        if count:
-            return renamed
-    return name
+def _completed(checkpoint: Checkpoint, model: Pretrained, resize: bool) -> tuple[Weights, list[str]]:
+    """The weights under the model's own names, without heads it does not have, and what starts fresh or was adapted."""
+    own, source = model.state_dict(), checkpoint.source
+    head = next((head for head in HEADS if under(own, head)), "")
+    weights = {n: t for n, t in checkpoint.weights.items() if not n.startswith(HEADS) or (head and n.startswith(head))}
+    if has_mmseg_head(weights):
+        raise UserError(
+            f"{source} has mmsegmentation's decode head, another network (BatchNorm and ReLU after every stage's "
+            "projection): only its encoder can be taken, by SegformerModel.from_pretrained or model.pretrained="
+        )
+    notes = adapt_stem(weights, model.config.num_channels) if resize else []
+    if not head:
+        return {name.removeprefix("segformer."): tensor for name, tensor in weights.items()}, notes
+    last = "decode_head.classifier." if head == "decode_head." else head
+    fresh = under(own, last)
+    if not under(weights, head):
+        fresh = under(own, head)
+        notes.append(f"{head[:-1]} starts fresh (the checkpoint has none): train it before use")
+    elif resize and any(weights[name].shape != tensor.shape for name, tensor in fresh.items() if name in weights):
+        notes.append(f"{last[:-1]} starts fresh for {model.config.num_labels} classes: train it before use")
+    else:
+        fresh = {}
+    return weights | fresh, notes

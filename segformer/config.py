@@ -1,9 +1,13 @@
 """SegformerConfig: the fields, names and defaults of Hugging Face's, and the table of sizes B0..B5."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from segformer.errors import UserError, nearest
+from segformer.files import locate, read_json, write_json
 
 # depths, hidden sizes and decoder width as published (arXiv 2105.15203)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -21,8 +25,12 @@ class SegformerConfig:
 
     `num_labels`, `id2label` and `label2id` describe the classes (two when nothing is given). Keywords this class does
     not know are kept as attributes and written back, as its peer does. Carried for compatibility only: `layer_norm_eps`
-    (every LayerNorm is built with 1e-5; transformers' model never reads it either) and `initializer_range` (weights
-    start as the original's, see `model._init_encoder`).
+    (transformers' model never reads it either) and `initializer_range` (weights start as the original's, see
+    `model._init_encoder`).
+
+    Where the original and Hugging Face differ, this project has switches: `layer_norm_eps_kind` "hf" (1e-5 everywhere)
+    or "nvlabs" (1e-6 in blocks and stages), `classifier_dropout_kind` "element" (Hugging Face) or "channel" (NVlabs),
+    and `merged_decode`, False for the decode head in its literal order of operations.
 
     Source: transformers' configuration_segformer (fields and defaults); the paper for their meaning.
     """
@@ -49,6 +57,14 @@ class SegformerConfig:
         layer_norm_eps: float = 1e-6,
         decoder_hidden_size: int = 256,
         semantic_loss_ignore_index: int = 255,
+        reshape_last_stage: bool = True,
+        layer_norm_eps_kind: str = "hf",
+        classifier_dropout_kind: str = "element",
+        merged_decode: bool = True,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        problem_type: str | None = None,
         num_labels: int | None = None,
         id2label: Mapping[int | str, str] | None = None,
         label2id: Mapping[str, int] | None = None,
@@ -72,12 +88,22 @@ class SegformerConfig:
         self.layer_norm_eps = layer_norm_eps
         self.decoder_hidden_size = decoder_hidden_size
         self.semantic_loss_ignore_index = semantic_loss_ignore_index
+        self.reshape_last_stage = reshape_last_stage
+        self.layer_norm_eps_kind = layer_norm_eps_kind
+        self.classifier_dropout_kind = classifier_dropout_kind
+        self.merged_decode = merged_decode
+        self.output_hidden_states = output_hidden_states
+        self.output_attentions = output_attentions
+        self.return_dict = return_dict
+        self.problem_type = problem_type
         if num_labels is not None and id2label is not None and len(id2label) != num_labels:
             raise UserError(f"num_labels is {num_labels} but id2label names {len(id2label)} classes")
-        if id2label is None:
-            id2label = {index: f"LABEL_{index}" for index in range(2 if num_labels is None else num_labels)}
-        self.id2label = dict(sorted((int(key), name) for key, name in id2label.items()))
-        self.label2id = dict(label2id) if label2id else {name: index for index, name in self.id2label.items()}
+        self.num_labels = 2 if num_labels is None else num_labels
+        if id2label is not None:
+            self.id2label = dict(sorted((int(key), name) for key, name in id2label.items()))
+            self.label2id = {name: index for index, name in self.id2label.items()}
+        if label2id:
+            self.label2id = dict(label2id)
         for name, value in kwargs.items():
             setattr(self, name, value)
         self._validate()
@@ -95,6 +121,42 @@ class SegformerConfig:
     def num_labels(self) -> int:
         return len(self.id2label)
 
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        self.id2label = {index: f"LABEL_{index}" for index in range(count)}
+        self.label2id = {name: index for index, name in self.id2label.items()}
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """transformers' other name for `num_encoder_blocks`."""
+        return self.num_encoder_blocks
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> "SegformerConfig":
+        """From a `config.json`, the folder that holds it, or a hub id, with any field overridden."""
+        path = Path(source)
+        path = path if path.is_file() else locate(source, ["config.json"]) / "config.json"
+        values = read_json(path)
+        if values is None:
+            raise UserError(f"no config.json in {source}: expected a folder that save_pretrained wrote, or a hub id")
+        return cls.from_dict(values, **overrides)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json`, which transformers reads too."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / "config.json", self.to_dict())
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __repr__(self) -> str:
+        return f"SegformerConfig {self.to_json_string()}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SegformerConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.json`."""
         return {"model_type": self.model_type, **vars(self)}
@@ -106,8 +168,8 @@ class SegformerConfig:
         if found != cls.model_type:
             raise UserError(f"config.json describes a {found!r} model, expected 'segformer'")
         values = {key: value for key, value in values.items() if key != "model_type"}
-        if "num_labels" in overrides and "id2label" not in overrides:
-            values = {key: value for key, value in values.items() if key not in ("id2label", "label2id")}
+        stale = ("id2label", "label2id", "num_labels") if overrides.keys() & {"id2label", "num_labels"} else ()
+        values = {key: value for key, value in values.items() if key not in stale}
         return cls(**{**values, **overrides})
 
     def _validate(self) -> None:
@@ -126,7 +188,3 @@ class SegformerConfig:
         for width, heads in zip(self.hidden_sizes, self.num_attention_heads, strict=True):
             if width % heads:
                 raise UserError(f"hidden size {width} is not a multiple of its {heads} attention heads")
-        if self.hidden_act != "gelu":
-            raise UserError(
-                f"hidden_act is {self.hidden_act!r}, expected 'gelu', the only one SegFormer was trained with"
-            )

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segformer.bilinear import upsample_argmax
 from segformer.errors import UserError
-from segformer.pixels import BAND_NUMBERS, bilinear_matrix, normalize, resize, row_bands, upsample_rows
+from segformer.pixels import normalize, resize
+
+# Pixels from which a CPU takes the images of a batch one after the other: their activations then stay below the size
+# (32 MB) from which the C library gives memory back at once and has every page of it faulted in again.
+ONE_BY_ONE = 512 * 512
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
@@ -72,6 +77,8 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
     images: uint8 RGB (B, 3, H, W) on the model's device. Returns (B, H, W) uint8, int16 above 255 classes. An autocast
     around the call is honoured for the network; logits are resized and compared in float32.
     """
+    if images.device.type == "cpu" and len(images) > 1 and images[0, 0].numel() >= ONE_BY_ONE:
+        return torch.cat([segment(model, image[None], protocol) for image in images])
     training = model.training
     model.eval()
     try:
@@ -84,27 +91,6 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
             return upsample_argmax(logits, height, width)
     finally:
         model.train(training)
-
-
-def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
-    """argmax over classes of bilinearly resized logits (align_corners False), a band of rows at a time.
-
-    logits: (B, K, h, w) -> (B, height, width) uint8, int16 above 255 classes.
-    """
-    batch, classes, rows, columns = logits.shape
-    dtype = torch.uint8 if classes <= 255 else torch.int16
-    if (rows, columns) == (height, width):
-        return logits.argmax(dim=1).to(dtype)
-    with torch.autocast(logits.device.type, enabled=False):
-        maps = logits.float().contiguous()
-        vertical = bilinear_matrix(rows, height, maps.device)
-        across = bilinear_matrix(columns, width, maps.device)
-        band = max(1, BAND_NUMBERS.get(maps.device.type, BAND_NUMBERS["cuda"]) // (width * classes))
-        labels = torch.empty(batch, height, width, dtype=dtype, device=maps.device)
-        for image in range(batch):
-            for out, source in row_bands(rows, height, band):
-                labels[image, out] = upsample_rows(maps[image, :, source], vertical[out, source], across).argmax(dim=0)
-    return labels
 
 
 def _logits(model: nn.Module, pixels: Tensor, protocol: Protocol) -> Tensor:

@@ -5,14 +5,17 @@ twice that. Here a band of rows at a time is upsampled, scored and its exact gra
 size in the forward pass, so only a tensor of that size is kept for backward.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_rows
 from segformer.errors import UserError
 from segformer.labels import IGNORE
-from segformer.pixels import BAND_NUMBERS, bilinear_matrix, row_bands, upsample_rows
 
 
 def pixel_cross_entropy(
@@ -20,51 +23,134 @@ def pixel_cross_entropy(
     labels: Tensor,
     ignore_index: int = IGNORE,
     denominator: Literal["valid", "all"] = "valid",
+    class_weights: Sequence[float] | Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of bilinearly upsampled logits (align_corners False) against labels; a float32 scalar.
 
     logits: (B, K, h, w) of any float type, at least two classes. labels: (B, H, W) of any integer type, 0..K-1 or
     `ignore_index`. denominator: "valid" divides by the pixels that are not ignored (Hugging Face), "all" by every
-    pixel (NVlabs, mmsegmentation). A batch of ignored pixels only gives 0 with a zero gradient, never NaN.
+    pixel (NVlabs, mmsegmentation). class_weights: K factors on the classes' losses; as in torch, "valid" then divides
+    by the sum of the factors. label_smoothing: share of the target, 0 to 1, spread evenly over all classes, as in
+    torch. A batch of ignored pixels only gives 0 with a zero gradient, never NaN.
 
     Not twice differentiable: the gradient is made in the forward pass.
     """
-    if logits.shape[1] < 2:
-        raise UserError(f"logits have {logits.shape[1]} class, expected at least 2: declare the background as a class")
+    classes = logits.shape[1]
+    if classes < 2:
+        raise UserError(f"logits have {classes} class, expected at least 2: declare the background as a class")
     if denominator not in ("valid", "all"):
         raise UserError(f"loss denominator is {denominator!r}, expected 'valid' or 'all'")
     if labels.ndim != 3 or len(labels) != len(logits):
         raise UserError(f"labels have shape {tuple(labels.shape)}, expected (batch {len(logits)}, height, width)")
-    return _PixelCrossEntropy.apply(logits, labels, ignore_index, denominator)
+    if not 0 <= label_smoothing <= 1:
+        raise UserError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
+    weights = None
+    if class_weights is not None:
+        weights = torch.as_tensor(class_weights, device=logits.device)
+        if weights.shape != (classes,) or bool((weights < 0).any()):
+            raise UserError(f"class_weights are {weights.tolist()}, expected {classes} factors of at least 0")
+    return _PixelCrossEntropy.apply(logits, labels, ignore_index, denominator, weights, label_smoothing)
+
+
+def binary_pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    """Binary cross-entropy of one upsampled logit against labels 0 and 1; a float32 scalar.
+
+    logits: (B, 1, h, w). labels: (B, H, W), 0, 1 or `ignore_index`. The mean is over all pixels, ignored ones counting
+    zero, as transformers has it; other labels, which make its loss negative, are refused here.
+    """
+    scored = (labels >= 0) & (labels != ignore_index)
+    if not torch.compiler.is_compiling() and bool((scored & (labels > 1)).any()):
+        raise UserError(
+            f"labels hold {int(labels[scored].max())}, expected 0, 1 or {ignore_index} for a model of one class: "
+            "declare two classes, or map the object's value to 1"
+        )
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    upsampled = F.interpolate(exact, size=labels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    losses = F.binary_cross_entropy_with_logits(upsampled, labels.to(upsampled.dtype), reduction="none")
+    return (losses * scored).mean()
 
 
 class _PixelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, denominator: str) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        denominator: str,
+        weights: Tensor | None,
+        smoothing: float,
+    ) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             maps = logits.detach().to(dtype).contiguous()  # class by class: softmax then runs along whole rows
-            total, gradient = _bands(maps, labels, ignore_index, with_gradient=ctx.needs_input_grad[0])
-            valid = (labels != ignore_index).sum()
-            count = valid.clamp(min=1) if denominator == "valid" else torch.full_like(valid, labels.numel())
+            target = _Target(ignore_index, None if weights is None else weights.to(dtype), smoothing)
+            total, gradient = _bands(maps, labels, target, with_gradient=ctx.needs_input_grad[0])
+            count = target.count(labels) if denominator == "valid" else torch.full_like(total, labels.numel())
             if gradient is not None:  # divided in backward: a loss scale must come before the rounding to half
                 ctx.save_for_backward(gradient.to(logits.dtype), count)
             return (total / count).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradient, count = ctx.saved_tensors
-        return gradient * (grad_output / count), None, None, None
+        return gradient * (grad_output / count), None, None, None, None, None
 
 
-def _bands(maps: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+@dataclass(frozen=True)
+class _Target:
+    """What a pixel's logits are compared with."""
+
+    ignore_index: int
+    weights: Tensor | None  # (K,)
+    smoothing: float
+
+    def count(self, labels: Tensor) -> Tensor:
+        """What the sum of the losses is divided by to make a mean over valid pixels; 1 where there is none."""
+        scored = labels != self.ignore_index
+        if self.weights is None:
+            return scored.sum().clamp(min=1)
+        total = self.weights[labels.long().masked_fill(~scored, 0)].masked_fill(~scored, 0).sum()
+        return torch.where(total > 0, total, torch.ones_like(total))
+
+    def score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (K, P) -> the pixels' losses (P,) and their gradient (K, P), both zero where ignored.
+
+        Without weights and smoothing the gradient is softmax - onehot. In general the target is t: `1 - smoothing`, and
+        the same share as everyone, at the label; the loss is -sum(w t log p), its gradient p sum(w t) - w t.
+        """
+        ignored = labels == self.ignore_index
+        index = labels.long().masked_fill(ignored, 0).unsqueeze(0)  # (1, P)
+        log_probability = logits.log_softmax(dim=0)
+        hit = torch.full_like(index, 1 - self.smoothing, dtype=logits.dtype)
+        if self.weights is not None:
+            hit = hit * self.weights[index]
+        loss = -hit * log_probability.gather(0, index)
+        mass: Tensor | float = hit if self.weights is not None or self.smoothing else 1.0
+        share = None
+        if self.smoothing:
+            weights = torch.ones_like(logits[:, 0]) if self.weights is None else self.weights
+            share = (self.smoothing / len(logits) * weights)[:, None]  # (K, 1)
+            loss = loss - share.T @ log_probability
+            mass = mass + share.sum()
+        slope = log_probability.exp_()
+        if not isinstance(mass, float):
+            slope *= mass
+        slope.scatter_add_(0, index, -hit)
+        if share is not None:
+            slope -= share
+        return loss.squeeze(0).masked_fill(ignored, 0), slope.mul_(~ignored)
+
+
+def _bands(maps: Tensor, labels: Tensor, target: _Target, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the pixel losses (float64 scalar) and its gradient by maps (B, K, h, w)."""
     batch, classes, height, width = maps.shape
     rows, columns = labels.shape[1:]
     vertical = bilinear_matrix(height, rows, maps.device, maps.dtype)  # (H, h)
     across = bilinear_matrix(width, columns, maps.device, maps.dtype)  # (W, w)
-    band = max(1, BAND_NUMBERS.get(maps.device.type, BAND_NUMBERS["cuda"]) // (columns * classes))
+    band = band_rows(columns * classes, maps.device)
     wide = torch.float32 if maps.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     total = torch.zeros((), dtype=wide, device=maps.device)
     gradient = torch.zeros_like(maps) if with_gradient else None
@@ -72,20 +158,9 @@ def _bands(maps: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool)
         for out, source in row_bands(height, rows, band):
             down = vertical[out, source]  # (R, rows of the source)
             logits = upsample_rows(maps[image, :, source], down, across)  # (K, R, W)
-            nll, slope = _score(logits.view(classes, -1), labels[image, out].reshape(-1), ignore_index)
-            total += nll.sum(dtype=wide)
+            losses, slope = target.score(logits.view(classes, -1), labels[image, out].reshape(-1))
+            total += losses.sum(dtype=wide)
             if gradient is not None:
                 narrow = (slope.view(-1, columns) @ across).view(classes, -1, width)  # (K, R, w)
                 gradient[image, :, source] += down.T @ narrow
     return total, gradient
-
-
-def _score(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """logits (K, P) -> pixel losses (P,) and their gradient softmax - onehot (K, P), both zero where ignored."""
-    ignored = labels == ignore_index
-    targets = labels.long().masked_fill(ignored, 0).unsqueeze(0)  # (1, P)
-    log_probability = logits.log_softmax(dim=0)
-    nll = -log_probability.gather(0, targets).squeeze(0).masked_fill(ignored, 0)
-    slope = log_probability.exp_()
-    slope.scatter_add_(0, targets, torch.full_like(targets, -1, dtype=slope.dtype))
-    return nll, slope.mul_(~ignored)

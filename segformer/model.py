@@ -6,68 +6,43 @@ ordinary channels-last (B, C, H, W) tensor and nothing is ever copied between th
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_band
 from segformer.checkpoints import Pretrained, start_from
 from segformer.config import SegformerConfig
-from segformer.errors import UserError
-from segformer.losses import pixel_cross_entropy
+from segformer.errors import UserError, nearest
+from segformer.losses import binary_pixel_cross_entropy, pixel_cross_entropy
+from segformer.outputs import BaseModelOutput, ImageClassifierOutput, ModelOutput, SemanticSegmenterOutput
 
-# PyTorch's default 1e-5 for every LayerNorm, as transformers has it: what we save scores the same there. NVlabs used
-# 1e-6 inside blocks and stages (a difference of about 2e-5 on the encoder's outputs).
-LAYER_NORM_EPS = 1e-5
-
-
-@dataclass
-class ModelOutput:
-    """Fields by name, by index or by slice; fields that are None do not count, as in transformers."""
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.keys())
-
-    def keys(self) -> list[str]:
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-
-@dataclass
-class BaseModelOutput(ModelOutput):
-    """last_hidden_state: (B, C4, H/32, W/32). hidden_states: the four stage outputs (B, C, H, W), on request."""
-
-    last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class SemanticSegmenterOutput(ModelOutput):
-    """loss: scalar, given labels. logits: (B, K, ceil(H/4), ceil(W/4)), never upsampled. hidden_states: on request."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+# of embedding and reduction norms, of block and stage norms: transformers builds every LayerNorm with PyTorch's 1e-5,
+# NVlabs trained with 1e-6 in blocks and stages, which moves the encoder's outputs by about 2e-5
+LAYER_NORM_EPS = {"hf": (1e-5, 1e-5), "nvlabs": (1e-5, 1e-6)}
+# element-wise as transformers; NVlabs drops whole channels, a stronger regulariser
+CLASSIFIER_DROPOUT: dict[str, type[nn.Module]] = {"element": nn.Dropout, "channel": nn.Dropout2d}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
 
 
 class OverlapPatchEmbeddings(nn.Module):
     """A strided convolution whose windows overlap, then LayerNorm."""
 
-    def __init__(self, channels: int, width: int, patch_size: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, patch_size: int, stride: int, eps: float) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch_size, stride, padding=patch_size // 2)
-        self.layer_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.layer_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer_norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H, W, C)
@@ -88,12 +63,12 @@ class EfficientSelfAttention(nn.Module):
         self.o_proj = nn.Linear(width, width)
         if reduction > 1:
             self.sequence_reduction = nn.Conv2d(width, width, reduction, reduction)
-            self.layer_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+            self.layer_norm = nn.LayerNorm(width, eps=_choice(LAYER_NORM_EPS, config, "layer_norm_eps_kind")[0])
         self.reduction = reduction
         self.attention_dropout = config.attention_probs_dropout_prob
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         batch, height, width, channels = x.shape
         query = self.q_proj(x).view(batch, height * width, self.heads, -1).transpose(1, 2)  # (B, h, N, C/h)
         if self.reduction > 1:
@@ -103,23 +78,32 @@ class EfficientSelfAttention(nn.Module):
         kv = self.kv_proj(reduced).view(batch, -1, 2, self.heads, channels // self.heads)
         key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, M, C/h) each
         dropout = self.attention_dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.dropout(self.o_proj(context.transpose(1, 2).reshape(batch, height, width, channels)))
+        attentions = None
+        if output_attentions:  # the fused kernel does not give them away
+            scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+            exact = torch.promote_types(scores.dtype, torch.float32)
+            attentions = F.dropout(scores.softmax(dim=-1, dtype=exact).to(value.dtype), dropout)  # (B, h, N, M)
+            context = attentions @ value
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        context = context.transpose(1, 2).reshape(batch, height, width, channels)
+        return self.dropout(self.o_proj(context)), attentions
 
 
 class MixFFN(nn.Module):
     """An MLP with a depth-wise 3x3 convolution inside: its zero padding is what tells a token where it stands."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, config: SegformerConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.activation = _choice(ACTIVATIONS, config, "hidden_act")
         self.fc2 = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, 4C)
-        return self.dropout(self.fc2(self.dropout(F.gelu(x))))
+        return self.dropout(self.fc2(self.dropout(self.activation(x))))
 
 
 class DropPath(nn.Module):
@@ -143,15 +127,17 @@ class Block(nn.Module):
         super().__init__()
         width = config.hidden_sizes[stage]
         heads, reduction = config.num_attention_heads[stage], config.sr_ratios[stage]
-        self.layernorm_before = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        eps = _choice(LAYER_NORM_EPS, config, "layer_norm_eps_kind")[1]
+        self.layernorm_before = nn.LayerNorm(width, eps=eps)
         self.attention = EfficientSelfAttention(width, heads, reduction, config)
         self.drop_path = DropPath(drop_path)
-        self.layernorm_after = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = MixFFN(width, int(width * config.mlp_ratios[stage]), config.hidden_dropout_prob)
+        self.layernorm_after = nn.LayerNorm(width, eps=eps)
+        self.mlp = MixFFN(width, int(width * config.mlp_ratios[stage]), config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.layernorm_before(x)))
-        return x + self.drop_path(self.mlp(self.layernorm_after(x)))
+    def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        context, attentions = self.attention(self.layernorm_before(x), output_attentions)
+        x = x + self.drop_path(context)
+        return x + self.drop_path(self.mlp(self.layernorm_after(x))), attentions
 
 
 class Stage(nn.Module):
@@ -160,21 +146,98 @@ class Stage(nn.Module):
     def __init__(self, config: SegformerConfig, stage: int, drop_path: Sequence[float]) -> None:
         super().__init__()
         channels = config.num_channels if stage == 0 else config.hidden_sizes[stage - 1]
-        width = config.hidden_sizes[stage]
-        self.patch_embeddings = OverlapPatchEmbeddings(
-            channels, width, config.patch_sizes[stage], config.strides[stage]
+        width, patch_size, stride = (
+            getattr(config, name)[stage] for name in ("hidden_sizes", "patch_sizes", "strides")
         )
+        outer_eps, eps = _choice(LAYER_NORM_EPS, config, "layer_norm_eps_kind")
+        self.patch_embeddings = OverlapPatchEmbeddings(channels, width, patch_size, stride, outer_eps)
         self.blocks = nn.ModuleList(Block(config, stage, rate) for rate in drop_path)
-        self.layer_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.layer_norm = nn.LayerNorm(width, eps=eps)
+        self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embeddings(x)
+    def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+        x, attentions = self.patch_embeddings(x), []
         for block in self.blocks:
-            x = block(x)
-        return self.layer_norm(x).permute(0, 3, 1, 2)  # (B, C, H, W), channels-last
+            if self.gradient_checkpointing and self.training:
+                x, weights = checkpoint(block, x, output_attentions, use_reentrant=False)
+            else:
+                x, weights = block(x, output_attentions)
+            attentions.append(weights)
+        return self.layer_norm(x).permute(0, 3, 1, 2), attentions  # (B, C, H, W), channels-last
 
 
-class SegformerModel(Pretrained):
+class SegformerPreTrainedModel(Pretrained):
+    """What the three models share beside files: where they live, how they save memory, what of them learns."""
+
+    def __init__(self, config: SegformerConfig) -> None:
+        super().__init__(config)
+        self.frozen: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Blocks are computed again in the backward pass instead of kept: less memory, a third more work.
+
+        gradient_checkpointing_kwargs: accepted for transformers' sake; checkpoints are always non-reentrant.
+        """
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._set_gradient_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(module.gradient_checkpointing for module in self.modules() if isinstance(module, Stage))
+
+    def _set_gradient_checkpointing(self, enabled: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.gradient_checkpointing = enabled
+
+    def freeze(self, *parts: str) -> Self:
+        """Stops parts from learning: no gradients, and eval mode (no dropout, fixed BatchNorm) in training too.
+
+        parts: module names as `named_modules` gives them ("segformer.stages.0", "decode_head.batch_norm"), or
+        "encoder" for all of the Mix Transformer. Returns the model.
+        """
+        names = dict(self.named_modules())
+        for part in parts:
+            name = "segformer" if part == "encoder" and "segformer" in names else part
+            if not name or name not in names:
+                near = nearest(part, names)
+                raise UserError(
+                    f"cannot freeze {part!r}{near}: give 'encoder', 'decode_head' or a name of named_modules()"
+                )
+            names[name].requires_grad_(False)
+            self.frozen += (name,)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def _outputs(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+        """What a call asks for, or else the configuration."""
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        first, second = (getattr(self.config, name) if asked is None else asked for name, asked in wanted.items())
+        return first, second
+
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class SegformerModel(SegformerPreTrainedModel):
     """The Mix Transformer encoder: (B, 3, H, W) normalised pixels -> four feature maps at strides 4, 8, 16, 32."""
 
     def __init__(self, config: SegformerConfig) -> None:
@@ -190,29 +253,32 @@ class SegformerModel(Pretrained):
         self.to(memory_format=torch.channels_last)  # as the tokens lie: no reordering
 
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
+        self,
+        pixel_values: Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """pixel_values: (B, 3, H, W) float, normalised (`pixels.normalize`); sides from 29 pixels."""
-        hidden_states = self.features(pixel_values)
-        wanted = _resolve(output_hidden_states, self.config, "output_hidden_states", False)
-        output = BaseModelOutput(hidden_states[-1], hidden_states if wanted else None)
-        return output if _resolve(return_dict, self.config, "return_dict", True) else output.to_tuple()
+        with_attentions, with_states = self._outputs(output_attentions, output_hidden_states)
+        maps, attentions = self.features(pixel_values, with_attentions)
+        if not self.config.reshape_last_stage:
+            maps = (*maps[:-1], maps[-1].flatten(2).transpose(1, 2))  # (B, N, C)
+        output = BaseModelOutput(maps[-1], maps if with_states else None, attentions)
+        return self._returned(output, return_dict)
 
-    def features(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> one (B, C, H, W) map a stage, channels-last in memory."""
-        # the first grid, a quarter of the image, must fill one window of the reduction
-        smallest = (self.config.sr_ratios[0] - 1) * self.config.strides[0] + 1
-        if min(pixel_values.shape[-2:]) < smallest:
-            found = " x ".join(map(str, pixel_values.shape[-2:]))
-            raise UserError(
-                f"image is {found} pixels, expected sides of at least {smallest}: resize it before the model"
-            )
+    def features(
+        self, pixel_values: Tensor, output_attentions: bool = False
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """(B, 3, H, W) -> a (B, C, H, W) map of each stage, channels-last in memory; the attentions of each block."""
+        _check_pixels(pixel_values, self.config)
         x = pixel_values.contiguous(memory_format=torch.channels_last)
-        maps = []
+        maps, attentions = [], []
         for stage in self.stages:
-            x = stage(x)
+            x, weights = stage(x, output_attentions)
             maps.append(x)
-        return tuple(maps)
+            attentions += weights
+        return tuple(maps), tuple(attentions) if output_attentions else None
 
 
 class SegformerDecodeHead(nn.Module):
@@ -221,7 +287,8 @@ class SegformerDecodeHead(nn.Module):
     Everything between the projections and BatchNorm is linear and bilinear weights sum to one, so the fuse convolution
     commutes with the resize: each stage's slice of it is multiplied into that stage's projection (a product of weights,
     differentiable) and applied at the stage's own resolution. Same parameters, same function and gradient, 27 to 60 %
-    fewer operations for the whole model and no (B, 4D, H/4, W/4) tensor. `merged = False` takes the literal path.
+    fewer operations for the whole model and no (B, 4D, H/4, W/4) tensor. BatchNorm in eval mode is a scale and a shift,
+    and joins the product. `merged = False` takes the literal path.
     """
 
     def __init__(self, config: SegformerConfig) -> None:
@@ -230,32 +297,62 @@ class SegformerDecodeHead(nn.Module):
         self.linear_projections = nn.ModuleList(nn.Linear(channels, width) for channels in config.hidden_sizes)
         self.linear_fuse = nn.Conv2d(width * len(config.hidden_sizes), width, 1, bias=False)
         self.batch_norm = nn.BatchNorm2d(width)
-        # element-wise as transformers; NVlabs drops whole channels ("channel"), a stronger regulariser
-        kinds = {"element": nn.Dropout, "channel": nn.Dropout2d}
-        kind = getattr(config, "classifier_dropout_kind", "element")
-        if kind not in kinds:
-            raise UserError(f"classifier_dropout_kind is {kind!r}, expected 'element' or 'channel'")
-        self.dropout = kinds[kind](config.classifier_dropout_prob)
+        self.dropout = _choice(CLASSIFIER_DROPOUT, config, "classifier_dropout_kind")(config.classifier_dropout_prob)
         self.classifier = nn.Conv2d(width, config.num_labels, 1)
-        self.merged = True
+        self.merged = config.merged_decode
         nn.init.kaiming_normal_(self.linear_fuse.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, encoder_hidden_states: Sequence[Tensor]) -> Tensor:
         """Four (B, C, H, W) maps -> logits (B, K, H/4, W/4)."""
-        fused = (self._fuse_merged if self.merged else self._fuse_literal)(encoder_hidden_states)
-        return self.classifier(self.dropout(F.relu(self.batch_norm(fused), inplace=True)))
+        maps = encoder_hidden_states
+        if not self.merged:
+            return self._classify(self.batch_norm(self._fuse_literal(maps)))
+        weights, bias = self._merge(maps[0].device.type)
+        learning = torch.is_grad_enabled() or self.training
+        if maps[0].device.type == "cpu" and not learning and not torch.compiler.is_compiling():
+            return self._decode_bands(maps, weights, bias)
+        fused = F.linear(maps[0].permute(0, 2, 3, 1), weights[0], bias).permute(0, 3, 1, 2)
+        for x, weight in zip(maps[1:], weights[1:], strict=True):
+            # a resized map is nobody else's: added in place
+            fused = _resize(F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2), maps[0]).add_(fused)
+        return self._classify(self.batch_norm(fused) if self.batch_norm.training else fused)
 
-    def _fuse_merged(self, maps: Sequence[Tensor]) -> Tensor:
-        slices = self.linear_fuse.weight[:, :, 0, 0].chunk(len(maps), dim=1)  # (D, D) each, deepest stage first
-        fused = None
-        for projection, slice_, x in zip(self.linear_projections, reversed(slices), maps, strict=True):
-            assert isinstance(projection, nn.Linear)
-            with torch.autocast(x.device.type, enabled=False):  # a product of weights: no rounding to half precision
-                weight, bias = slice_ @ projection.weight, slice_ @ projection.bias  # (D, C), (D)
-            projected = _resize(F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), maps[0])
-            fused = projected if fused is None else projected.add_(fused)  # a resized map is nobody else's
-        assert fused is not None
-        return fused
+    def _merge(self, device: str) -> tuple[list[Tensor], Tensor]:
+        """A (D, C) projection for each stage and their common bias (D,), BatchNorm included in eval mode."""
+        slices = self.linear_fuse.weight[:, :, 0, 0].chunk(len(self.linear_projections), dim=1)  # deepest stage first
+        norm = self.batch_norm
+        with torch.autocast(device, enabled=False):  # a product of weights: no rounding to half precision
+            weights, bias = [], torch.zeros_like(norm.bias)
+            for slice_, projection in zip(reversed(slices), self.linear_projections, strict=True):
+                assert isinstance(projection, nn.Linear)
+                weights.append(slice_ @ projection.weight)
+                bias = bias + slice_ @ projection.bias
+            if not norm.training:
+                assert norm.running_mean is not None and norm.running_var is not None
+                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                weights = [scale[:, None] * weight for weight in weights]
+                bias = scale * (bias - norm.running_mean) + norm.bias
+        return weights, bias
+
+    def _decode_bands(self, maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> Tensor:
+        """The merged form a band of rows at a time: the D-wide maps stay in a CPU's cache and are never whole."""
+        first, *rest = (x.permute(0, 2, 3, 1) for x in maps)  # (B, H, W, C)
+        rest = [F.linear(x, weight) for x, weight in zip(rest, weights[1:], strict=True)]
+        batch, height, width, _ = first.shape
+        vertical = [bilinear_matrix(x.shape[1], height, x.device, x.dtype) for x in rest]
+        rows = band_rows(width * len(bias), first.device)
+        bands = list(zip(*(row_bands(x.shape[1], height, rows) for x in (first, *rest)), strict=True))
+        classifier, logits = self.classifier, []
+        for image in range(batch):
+            for (out, _), *sources in bands:
+                band = F.linear(first[image, out], weights[0], bias)  # (R, W, D)
+                for x, matrix, (_, source) in zip(rest, vertical, sources, strict=True):
+                    band += upsample_band(x[image, source], matrix[out, source], width)
+                logits.append(F.linear(band.relu_(), classifier.weight[:, :, 0, 0], classifier.bias))
+        return torch.cat(logits).view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    def _classify(self, normed: Tensor) -> Tensor:
+        return self.classifier(self.dropout(F.relu(normed, inplace=True)))
 
     def _fuse_literal(self, maps: Sequence[Tensor]) -> Tensor:
         projected = [
@@ -265,7 +362,7 @@ class SegformerDecodeHead(nn.Module):
         return self.linear_fuse(torch.cat(projected[::-1], dim=1))
 
 
-class SegformerForSemanticSegmentation(Pretrained):
+class SegformerForSemanticSegmentation(SegformerPreTrainedModel):
     """Encoder and all-MLP decode head: (B, 3, H, W) -> logits (B, K, ceil(H/4), ceil(W/4))."""
 
     def __init__(self, config: SegformerConfig) -> None:
@@ -277,21 +374,54 @@ class SegformerForSemanticSegmentation(Pretrained):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SemanticSegmenterOutput | tuple[Any, ...]:
         """pixel_values: (B, 3, H, W) float, normalised. labels: (B, H, W) class ids, 255 = ignore.
 
-        The loss is the cross-entropy at label size, averaged over the pixels that are not ignored, as transformers'.
+        The loss is transformers': cross-entropy at label size, averaged over the pixels that are not ignored; with one
+        class, binary cross-entropy against 0 and 1, averaged over all pixels.
         """
-        hidden_states = self.segformer.features(pixel_values)
-        logits = self.decode_head(hidden_states)
+        with_attentions, with_states = self._outputs(output_attentions, output_hidden_states)
+        maps, attentions = self.segformer.features(pixel_values, with_attentions)
+        logits = self.decode_head(maps)
         loss = None
         if labels is not None:
-            loss = pixel_cross_entropy(logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
-        wanted = _resolve(output_hidden_states, self.config, "output_hidden_states", False)
-        output = SemanticSegmenterOutput(loss, logits, hidden_states if wanted else None)
-        return output if _resolve(return_dict, self.config, "return_dict", True) else output.to_tuple()
+            score = pixel_cross_entropy if self.config.num_labels > 1 else binary_pixel_cross_entropy
+            loss = score(logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
+        output = SemanticSegmenterOutput(loss, logits, maps if with_states else None, attentions)
+        return self._returned(output, return_dict)
+
+
+class SegformerForImageClassification(SegformerPreTrainedModel):
+    """Encoder and a linear layer on the mean of its last tokens: (B, 3, H, W) -> logits (B, K)."""
+
+    def __init__(self, config: SegformerConfig) -> None:
+        super().__init__(config)
+        self.segformer = SegformerModel(config)
+        self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
+        """pixel_values: (B, 3, H, W) float, normalised. labels: (B,) class ids; (B, K) floats for several at once.
+
+        `config.problem_type` says which loss; left out, one class means regression, integer labels one class of many.
+        """
+        with_attentions, with_states = self._outputs(output_attentions, output_hidden_states)
+        maps, attentions = self.segformer.features(pixel_values, with_attentions)
+        logits = self.classifier(maps[-1].flatten(2).mean(dim=2))
+        loss = None if labels is None else _classification_loss(logits, labels, self.config)
+        output = ImageClassifierOutput(loss, logits, maps if with_states else None, attentions)
+        return self._returned(output, return_dict)
 
 
 def build_segformer(
@@ -300,6 +430,8 @@ def build_segformer(
     pretrained: str | None = None,
     drop_path_rate: float = 0.1,
     classifier_dropout_kind: str = "channel",
+    layer_norm_eps_kind: str = "hf",
+    freeze: Sequence[str] = (),
 ) -> tuple[SegformerForSemanticSegmentation, str]:
     """The network of a training run, whose config section `model` this signature is, and what was loaded into it."""
     config = SegformerConfig.from_variant(
@@ -307,9 +439,36 @@ def build_segformer(
         id2label=dict(enumerate(names)),
         drop_path_rate=drop_path_rate,
         classifier_dropout_kind=classifier_dropout_kind,
+        layer_norm_eps_kind=layer_norm_eps_kind,
     )
     model = SegformerForSemanticSegmentation(config)
-    return model, start_from(model, pretrained) if pretrained else "all weights start fresh"
+    loaded = start_from(model, pretrained) if pretrained else "all weights start fresh"
+    return model.freeze(*freeze), loaded
+
+
+def _classification_loss(logits: Tensor, labels: Tensor, config: SegformerConfig) -> Tensor:
+    kinds = ("regression", "single_label_classification", "multi_label_classification")
+    guess = kinds[0] if config.num_labels == 1 else kinds[2 if labels.is_floating_point() else 1]
+    kind = config.problem_type or guess
+    if kind == "regression":
+        return F.mse_loss(logits.flatten(), labels.to(logits.dtype).flatten())
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits, labels.long().view(-1))
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    raise UserError(f"problem_type is {kind!r}{nearest(kind, kinds)}: choose from {', '.join(kinds)}")
+
+
+def _check_pixels(pixels: Tensor, config: SegformerConfig) -> None:
+    if pixels.ndim != 4 or pixels.shape[1] != config.num_channels:
+        expected = f"(batch, {config.num_channels}, height, width)"
+        raise UserError(f"pixel_values have shape {tuple(pixels.shape)}, expected {expected}")
+    smallest = 1  # the grid of each stage must fill one window of its reduction
+    for reduction, stride in zip(reversed(config.sr_ratios), reversed(config.strides), strict=True):
+        smallest = (max(reduction, smallest) - 1) * stride + 1
+    if pixels.shape[2] < smallest or pixels.shape[3] < smallest:
+        found = " x ".join(map(str, pixels.shape[-2:]))
+        raise UserError(f"image is {found} pixels, expected sides of at least {smallest}: resize it before the model")
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
@@ -318,8 +477,11 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _resolve(value: bool | None, config: SegformerConfig, name: str, default: bool) -> bool:
-    return getattr(config, name, default) if value is None else value
+def _choice(table: Mapping[str, Any], config: SegformerConfig, name: str) -> Any:
+    value = getattr(config, name)
+    if value not in table:
+        raise UserError(f"{name} is {value!r}{nearest(str(value), table)}: choose from {', '.join(table)}")
+    return table[value]
 
 
 def _init_encoder(module: nn.Module) -> None:

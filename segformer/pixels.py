@@ -22,10 +22,6 @@ PAD = tuple(round(value) for value in MEAN)  # "pad after normalising" in uint8:
 
 MAX_PIXELS = 178_956_970  # of one file, where Pillow too sees a decompression bomb
 
-# Numbers in one band of upsampled logits: few enough to stay in a CPU's cache, many enough that launching a kernel
-# does not show.
-BAND_NUMBERS = {"cpu": 2**20, "cuda": 2**26}
-
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) in 0..255 -> float32 of the same shape, zero mean and unit variance over ImageNet."""
@@ -42,34 +38,6 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def bilinear_matrix(source: int, target: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(target, source) weights of one axis of a bilinear resize (align_corners False): each row sums to one."""
-    exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
-    centre = ((torch.arange(target, device=exact, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(min=0)
-    low = centre.floor().long().clamp(max=source - 1)
-    high = (low + 1).clamp(max=source - 1)
-    weight = (centre - low).to(dtype)
-    rows = torch.arange(target, device=exact)
-    matrix = torch.zeros(target, source, device=exact, dtype=dtype)
-    matrix[rows, low] = 1 - weight
-    return matrix.index_put_((rows, high), weight, accumulate=True).to(device)
-
-
-def row_bands(source: int, target: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Cuts an upsampling of `source` to `target` rows into bands of at most `rows`: (output rows, rows they need)."""
-    for top in range(0, target, rows):
-        bottom = min(top + rows, target)
-        first = int((top + 0.5) * source / target - 0.5)  # int() takes what lies above row 0 to row 0
-        last = int((bottom - 0.5) * source / target - 0.5) + 2
-        yield slice(top, bottom), slice(first, min(last, source))
-
-
-def upsample_rows(maps: Tensor, vertical: Tensor, across: Tensor) -> Tensor:
-    """(K, h, w) maps, (R, h) and (W, w) weights of `bilinear_matrix` -> (K, R, W): two matrix products."""
-    tall = vertical @ maps  # (K, R, w)
-    return (tall.view(-1, tall.shape[-1]) @ across.T).view(len(maps), -1, len(across))
-
-
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An image file as RGB uint8 (H, W, 3), turned as its EXIF orientation says.
 
@@ -79,14 +47,17 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         UserError: the file is missing, empty, truncated, no image, too large, or of a kind that has no bytes.
     """
     with opened("image", path, max_pixels) as image:
-        if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
-            grey = (np.array(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        if image.mode in ("I", "F"):
-            raise UserError(
-                f"image {path} has {image.mode} pixels of 32 bits, expected 8 or 16 bits: export it as 8-bit RGB"
-            )
-        return np.array(image.convert("RGB"))
+        return to_rgb(image, f"image {path}")
+
+
+def to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """A decoded Pillow image as RGB uint8 (H, W, 3); name: what to call it in the error, which is `read_image`'s."""
+    if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
+        grey = (np.array(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UserError(f"{name} has {image.mode} pixels of 32 bits, expected 8 or 16 bits: export it as 8-bit RGB")
+    return np.array(image.convert("RGB"))
 
 
 @contextmanager

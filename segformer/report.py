@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from segformer.checkpoints import write_atomically
+from segformer.files import write_atomically
 from segformer.inference import Protocol
 from segformer.metrics import Scores
 

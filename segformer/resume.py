@@ -14,9 +14,10 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from segformer.checkpoints import Pretrained, load_checkpoint, write_atomically
+from segformer.checkpoints import Pretrained, load_checkpoint
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import SharedError, UserError
+from segformer.files import write_atomically
 
 # what may differ when a run goes on: where it computes, never what it computes
 _MAY_CHANGE = (

@@ -12,12 +12,15 @@ SCRIPTS = ("train", "evaluate")
 # a module may import modules of lower levels; within a level only what is named beside it
 LEVELS = (
     {"errors"},
-    {"pixels", "labels"},
+    {"pixels", "labels", "files", "outputs", "bilinear"},
     {"config", "metrics", "optim", "losses"},
+    {"namings"},
     {"checkpoints"},
     {"model"},
     {
         "inference",
+        "inputs",
+        "processor",
         "visualize",
         "data",
         "data.toy",
@@ -27,12 +30,13 @@ LEVELS = (
         "data.dataset",
         "data.datamodule",
     },
-    {"task", "resume", "report"},
+    {"task", "resume", "report", "predict"},
     {"callbacks", "__main__", ""},
     set(SCRIPTS),
 )
 WITHIN = {
     "labels": {"pixels"},  # a mask file is opened as an image file is
+    "processor": {"inputs"},
     "data.sources": {"data.toy"},
     "data.dataset": {"data.sampler", "data.sources", "data.transforms"},
     "data.datamodule": {"data.dataset", "data.sampler", "data.sources", "data.transforms", "inference"},
@@ -49,7 +53,8 @@ ROOMS = {
     "wandb": set(),
     "tensorboard": set(),
     "mlflow": set(),
-    "huggingface_hub": {"checkpoints"},
+    "huggingface_hub": {"files"},
+    "h5py": {"checkpoints"},
     "safetensors": {"checkpoints"},
     "transformers": set(),
     "triton": {"kernels"},

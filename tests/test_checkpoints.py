@@ -1,40 +1,33 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from segformer.checkpoints import (
-    RENAMES,
-    from_disk,
+    WEIGHTS_LICENSE,
     load_checkpoint,
+    read,
+    save_nvlabs,
     start_from,
     to_disk,
     training_config,
-    write_atomically,
 )
 from segformer.config import SegformerConfig
 from segformer.errors import UserError
-from segformer.model import SegformerForSemanticSegmentation
-from tests.conftest import TINY
+from segformer.files import write_atomically
+from segformer.model import SegformerForSemanticSegmentation, SegformerModel
+from tests.conftest import ROOT, TINY
+from tests.test_namings import as_mmseg, as_nvlabs, as_tensorflow
 
-
-def test_names_survive_the_way_to_disk_and_back(tiny) -> None:
-    weights = tiny.state_dict()
-    disk = to_disk(weights)
-    back = from_disk(disk)
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], weights[name]) for name in weights)
-    assert not any(name.startswith("segformer.stages") or "linear_projections" in name for name in disk)
-
-
-def test_every_rename_is_used(tiny) -> None:
-    names = [name.replace(".kv_proj.", part) for name in tiny.state_dict() for part in (".k_proj.", ".v_proj.")]
-    for ours, _ in RENAMES:
-        stem = ours.replace("{i}", "0").replace("{j}", "0")
-        assert any(stem in name for name in names), ours
+PIXELS = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_folder_gives_back_the_same_network(tiny, tmp_path) -> None:
@@ -93,6 +86,218 @@ def test_an_imagenet_classifier_gives_its_encoder(tiny, tmp_path) -> None:
     assert start_from(model, tmp_path).endswith("starts fresh (the checkpoint has none)")
 
 
+def published(model: SegformerForSemanticSegmentation, folder: Path) -> Path:
+    """A folder with the config.json of `model` alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs() -> torch.nn.Module:
+    """transformers' own network in the published sizes of B0, random weights, eval."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=5))
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2) if name.endswith("running_var") else tensor.normal_(0, 0.1)
+    return model.eval()
+
+
+def disk(theirs: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
+    theirs.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def close(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    torch.testing.assert_close(ours(PIXELS).logits, theirs(PIXELS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["their.pth", "their.pt", "their.bin", "their.ckpt", "their.safetensors"])
+def test_names_in_memory_of_transformers_give_equal_logits(theirs, tmp_path, name) -> None:
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(theirs.state_dict(), path)
+    else:
+        weights = {f"model.{name}": tensor for name, tensor in theirs.state_dict().items()}
+        torch.save({"state_dict": weights, "epoch": 3} if path.suffix == ".ckpt" else theirs.state_dict(), path)
+    close(SegformerForSemanticSegmentation.from_pretrained(path), theirs)
+
+
+def test_a_pth_of_nvlabs_gives_equal_logits_and_its_class_names(theirs, tmp_path, capsys) -> None:
+    names = ("wall", "floor", "sky", "tree", "road")
+    content = {"meta": {"CLASSES": names, "PALETTE": [[0, 0, 0]] * 5}, "state_dict": as_nvlabs(disk(theirs, tmp_path))}
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    torch.save(content, folder / "segformer.b0.pth")
+    model = SegformerForSemanticSegmentation.from_pretrained(folder / "segformer.b0.pth")
+    close(model, theirs)
+    assert tuple(model.config.id2label.values()) == names
+    assert capsys.readouterr().err.count("NVIDIA publishes under its own licence") == 1
+
+
+def test_a_tensorflow_folder_gives_equal_logits(theirs, tmp_path) -> None:
+    h5py = pytest.importorskip("h5py")
+    arrays = as_tensorflow(disk(theirs, tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with h5py.File(tmp_path / "tf_model.h5", "w") as file:
+        for name, array in arrays.items():
+            file[name] = array.numpy()
+        file.attrs["layer_names"] = ["segformer", "decode_head"]
+    close(SegformerForSemanticSegmentation.from_pretrained(tmp_path), theirs)
+    close(SegformerForSemanticSegmentation.from_pretrained(tmp_path / "tf_model.h5"), theirs)
+    (tmp_path / "cut.h5").write_bytes((tmp_path / "tf_model.h5").read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot read weights .*cut.h5"):
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path / "cut.h5")
+
+
+def test_without_h5py_the_command_that_brings_it_is_named(tmp_path) -> None:
+    (tmp_path / "tf_model.h5").write_bytes(b"")
+    code = (
+        "import sys; sys.modules['h5py'] = None\n"
+        "from segformer.checkpoints import read\n"
+        f"try: read({str(tmp_path)!r})\nexcept ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip().endswith('needs h5py: pip install "segformer[tf]"')
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
+def test_mmsegmentation_gives_its_encoder_and_its_head_is_refused(theirs, tmp_path, prefix) -> None:
+    weights, path = disk(theirs, tmp_path), tmp_path / "mmseg.pth"
+    torch.save({"state_dict": as_mmseg(weights, prefix, head=prefix != "")}, path)
+    encoder = SegformerModel.from_pretrained(path)
+    expected = theirs.segformer(PIXELS).last_hidden_state
+    torch.testing.assert_close(encoder(PIXELS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=3)).eval()
+    assert f"loaded the encoder from {path}" in start_from(model, path)
+    torch.testing.assert_close(model.segformer(PIXELS)[0], expected, rtol=1e-4, atol=1e-4)
+    if prefix:
+        assert start_from(model, path).endswith("starts fresh (its decode head is mmsegmentation's)")
+        with pytest.raises(UserError, match="mmsegmentation's decode head, another network .BatchNorm and ReLU"):
+            SegformerForSemanticSegmentation.from_pretrained(path)
+    else:
+        with pytest.warns(UserWarning, match="decode_head starts fresh"):
+            SegformerForSemanticSegmentation.from_pretrained(path)
+
+
+def test_a_file_takes_the_configuration_beside_it_only_where_it_fits(tiny, theirs, tmp_path) -> None:
+    published(tiny, tmp_path)
+    torch.save(tiny.state_dict(), tmp_path / "tiny.pt")
+    torch.save(theirs.state_dict(), tmp_path / "b0.pt")
+    again = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "tiny.pt")
+    assert torch.equal(again(PIXELS).logits, tiny(PIXELS).logits)
+    close(SegformerForSemanticSegmentation.from_pretrained(tmp_path / "b0.pt"), theirs)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    close(SegformerForSemanticSegmentation.from_pretrained(tmp_path / "b0.pt"), theirs)
+    with pytest.raises(UserError, match="tiny.pt: hidden sizes .* put config.json beside it"):
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path / "tiny.pt")
+    given = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "tiny.pt", config=tiny.config)
+    assert torch.equal(given(PIXELS).logits, tiny(PIXELS).logits)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path / "tiny.pt")
+
+
+def test_a_fresh_classifier_for_other_classes_is_asked_for_and_told(tiny, tmp_path) -> None:
+    tiny.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="to start a fresh classifier pass ignore_mismatched_sizes=True"):
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path, num_labels=3)
+    with pytest.warns(UserWarning, match="decode_head.classifier starts fresh for 3 classes"):
+        model = SegformerForSemanticSegmentation.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert model(PIXELS).logits.shape[1] == 3
+    assert torch.equal(model.decode_head.linear_fuse.weight, tiny.decode_head.linear_fuse.weight)
+    with pytest.raises(UserError, match="expects .* another variant"):
+        SegformerForSemanticSegmentation.from_pretrained(
+            tmp_path, hidden_sizes=[8, 16, 24, 36], ignore_mismatched_sizes=True
+        )
+
+
+def test_a_head_that_is_absent_as_a_whole_starts_fresh_and_a_torn_one_is_refused(tiny, tmp_path) -> None:
+    weights = {name: tensor for name, tensor in to_disk(tiny.state_dict()).items() if name.startswith("segformer.")}
+    imagenet = {**weights, "classifier.weight": torch.zeros(1000, 32), "classifier.bias": torch.zeros(1000)}
+    published(tiny, tmp_path)
+    values = {**tiny.config.to_dict(), "reshape_last_stage": False}  # as in the published ImageNet folders
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    save_file(imagenet, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"decode_head starts fresh .the checkpoint has none.: train it before use"):
+        model = SegformerForSemanticSegmentation.from_pretrained(tmp_path, num_labels=4)
+    assert model.config.reshape_last_stage and model.config.num_labels == 4
+    assert torch.equal(model.segformer(PIXELS)[0], tiny.segformer(PIXELS)[0])
+    save_file({**imagenet, "decode_head.classifier.bias": torch.zeros(7)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="lacks 15 tensor.*first 'decode_head.batch_norm.bias'"):
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path)
+
+
+def test_an_rgb_stem_is_adapted_to_other_bands_on_request(tiny, tmp_path) -> None:
+    tiny.save_pretrained(tmp_path)
+    encoder = tiny.segformer
+    with pytest.raises(UserError, match="has 3 bands, the model has 1; to adapt its kernels pass ignore_mismatched"):
+        SegformerModel.from_pretrained(tmp_path, num_channels=1)
+    with pytest.warns(UserWarning, match="RGB kernels were summed for one band"):
+        grey = SegformerModel.from_pretrained(tmp_path, num_channels=1, ignore_mismatched_sizes=True)
+    image = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(grey(image)[0], encoder(image.expand(-1, 3, -1, -1))[0], rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match="repeated over 6 bands and scaled by 3/6"):
+        twice = SegformerModel.from_pretrained(tmp_path, num_channels=6, ignore_mismatched_sizes=True)
+    torch.testing.assert_close(twice(torch.cat([PIXELS, PIXELS], 1))[0], encoder(PIXELS)[0], rtol=1e-4, atol=1e-4)
+    four = SegformerForSemanticSegmentation(SegformerConfig(**TINY, num_labels=7, num_channels=4))
+    assert "repeated over 4 bands" in start_from(four, tmp_path)
+    kernels = encoder.stages[0].patch_embeddings.proj.weight
+    torch.testing.assert_close(four.segformer.stages[0].patch_embeddings.proj.weight[:, 3], kernels[:, 0] * 0.75)
+
+
+def test_keywords_of_transformers_are_taken_or_told(tiny, tmp_path) -> None:
+    tiny.half().save_pretrained(tmp_path)
+    load = SegformerForSemanticSegmentation.from_pretrained
+    model = load(
+        tmp_path, low_cpu_mem_usage=True, device_map=None, trust_remote_code=False, use_safetensors=True,
+        revision="main", local_files_only=True, cache_dir=tmp_path, token=None, weights_only=True,
+        output_loading_info=False, drop_path_rate=0.3, output_hidden_states=True,
+    )  # fmt: skip
+    assert model.config.drop_path_rate == 0.3 and len(model(PIXELS).hidden_states) == 4
+    assert not hasattr(model.config, "token") and not hasattr(model.config, "device_map")
+    kinds = {None: torch.float32, "auto": torch.float16, "bfloat16": torch.bfloat16, torch.float64: torch.float64}
+    for wanted, found in kinds.items():
+        assert load(tmp_path, dtype=wanted).decode_head.classifier.weight.dtype == found
+        assert load(tmp_path, torch_dtype=wanted).decode_head.classifier.weight.dtype == found
+    with pytest.raises(UserError, match="dtype is 'float15', expected 'auto'"):
+        load(tmp_path, dtype="float15")
+    with pytest.raises(UserError, match="does not take output_loading_info"):
+        load(tmp_path, output_loading_info=True)
+    with pytest.raises(UserError, match=r"does not take device_map: call .to.device."):
+        load(tmp_path, device_map="auto")
+
+
+def test_the_licence_of_nvidias_weights_goes_where_they_go(tiny, tmp_path, capsys) -> None:
+    whole = published(tiny, tmp_path / "whole")
+    torch.save({"state_dict": as_nvlabs(to_disk(tiny.state_dict())), "meta": {}}, whole / "segformer.tiny.pth")
+    model = SegformerForSemanticSegmentation.from_pretrained(whole / "segformer.tiny.pth")
+    assert model.config.weights_license == WEIGHTS_LICENSE and WEIGHTS_LICENSE in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "NOTICE").read_text() == f"{WEIGHTS_LICENSE}\n"
+    again = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "saved")
+    assert again.config.weights_license == WEIGHTS_LICENSE and capsys.readouterr().err == ""  # told once
+    tuned = SegformerForSemanticSegmentation(SegformerConfig(**TINY, num_labels=3))
+    start_from(tuned, tmp_path / "saved")
+    facts = {"model": tuned.config.to_dict(), "config": {}}
+    weights = {f"model.{name}": tensor for name, tensor in tuned.state_dict().items()}
+    torch.save({"state_dict": weights, "hyper_parameters": facts}, tmp_path / "best.ckpt")
+    best = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "best.ckpt")
+    assert best.config.weights_license == WEIGHTS_LICENSE
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "saved")
+    assert theirs.config.weights_license == WEIGHTS_LICENSE
+
+
+def test_weights_of_nobody_elses_carry_no_licence(tiny, tmp_path, capsys) -> None:
+    tiny.save_pretrained(tmp_path / "own")
+    save_nvlabs(tiny, tmp_path / "own" / "own.pth")  # NVlabs' names, and yet not NVIDIA's weights
+    assert read(tmp_path / "own").license is None and read(tmp_path / "own" / "own.pth").license is None
+    assert not (tmp_path / "own" / "NOTICE").exists() and capsys.readouterr().err == ""
+
+
 class _Malicious:
     def __init__(self, witness: str) -> None:
         self.witness = witness
@@ -113,8 +318,44 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tiny, tmp_path, nam
     assert not witness.exists()
 
 
+class _Settings:
+    """What mmcv's `meta` may hold: an object of some class."""
+
+
+@pytest.mark.parametrize(("what", "name"), [(_Settings(), "_Settings"), (np.zeros(3), "numpy")])
+def test_a_file_with_objects_beside_its_tensors_needs_the_flag_and_warns(tiny, tmp_path, what, name) -> None:
+    path = published(tiny, tmp_path) / "segformer.pth"
+    torch.save({"meta": {"config": what}, "state_dict": as_nvlabs(to_disk(tiny.state_dict()))}, path)
+    with pytest.raises(UserError, match=f"safely: it holds .*{name}.* can run any code; .*allow_pickle=True"):
+        SegformerForSemanticSegmentation.from_pretrained(path)
+    for flag in ({"allow_pickle": True}, {"weights_only": False}):
+        with pytest.warns(UserWarning, match="allow_pickle: whatever code .*segformer.pth holds RUNS NOW"):
+            model = SegformerForSemanticSegmentation.from_pretrained(path, **flag)
+        assert torch.equal(model(PIXELS).logits, tiny(PIXELS).logits)
+
+
+def test_damaged_files_are_told(tiny, tmp_path) -> None:
+    path = published(tiny, tmp_path) / "weights.pth"
+    for content in (b"", b"hello world", pickle.dumps(3)[:-3]):
+        path.write_bytes(content)
+        for flag in (False, True):
+            with pytest.raises(UserError, match="cannot read checkpoint .*weights.pth"):
+                SegformerForSemanticSegmentation.from_pretrained(path, allow_pickle=flag)
+    torch.save([1], path)
+    with pytest.raises(UserError, match="weights.pth: found a list instead of a dict of tensors"):
+        SegformerForSemanticSegmentation.from_pretrained(path)
+
+
+def test_only_runs_of_ours_have_a_training_configuration(tiny, tmp_path) -> None:
+    for name in ("other.ckpt", "other.pth"):
+        torch.save({"state_dict": tiny.state_dict()}, tmp_path / name)
+        assert training_config(tmp_path / name, needed=False) == {}
+        with pytest.raises(UserError, match="not a checkpoint of this project"):
+            training_config(tmp_path / name, needed=True)
+
+
 def test_what_is_no_checkpoint_is_told(tmp_path) -> None:
-    with pytest.raises(UserError, match="expected a folder, a .ckpt file or a hub id"):
+    with pytest.raises(UserError, match="expected a folder, a checkpoint file or a hub id"):
         SegformerForSemanticSegmentation.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no weights in .*expected model.safetensors"):
         SegformerForSemanticSegmentation.from_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segformer import losses
+from segformer import bilinear
 from segformer.errors import UserError
 from segformer.losses import pixel_cross_entropy
 
@@ -22,7 +22,7 @@ def literal(logits, labels, denominator):
     [(2, (8, 8), (32, 32)), (19, (9, 17), (33, 65)), (150, (5, 7), (20, 28)), (3, (6, 6), (6, 6)), (4, (9, 8), (5, 3))],
 )
 def test_value_and_gradient_equal_the_literal_form(classes, low, high, label_type, denominator, monkeypatch) -> None:
-    monkeypatch.setitem(losses.BAND_NUMBERS, "cpu", 4 * classes * high[1])  # several bands an image
+    monkeypatch.setitem(bilinear.BAND_NUMBERS, "cpu", 4 * classes * high[1])  # several bands an image
     logits = torch.randn(2, classes, *low, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, classes, (2, *high)).to(label_type)
     labels[0, : high[0] // 2] = 255

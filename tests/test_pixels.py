@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from segformer.bilinear import bilinear_matrix, row_bands
 from segformer.errors import UserError
-from segformer.pixels import MEAN, PAD, STD, bilinear_matrix, normalize, read_image, resize, row_bands
+from segformer.pixels import MEAN, PAD, STD, normalize, read_image, resize
 from tests.conftest import grey_png
 
 

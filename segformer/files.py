@@ -1,0 +1,70 @@
+"""Files and folders: where a source lies, and writing that leaves nothing half done."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from segformer.errors import UserError
+
+WEIGHTS = {".bin", ".ckpt", ".h5", ".pt", ".pth", ".safetensors"}  # endings that are no part of a hub id
+
+
+def locate(source: str | os.PathLike[str], wanted: Sequence[str], hub: Mapping[str, Any] | None = None) -> Path:
+    """The local folder `source`, or the snapshot folder of the hub id `owner/name`.
+
+    wanted: the file names to download where they exist; of a local folder nothing is asked. hub: keywords of
+    huggingface_hub's `snapshot_download`, such as `revision` and `token`.
+
+    Raises:
+        UserError: neither a folder nor a hub id, or the hub cannot be reached.
+    """
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix in WEIGHTS:
+        raise UserError(f"no checkpoint at {name}: expected a folder, a checkpoint file or a hub id owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(wanted), **(hub or {})))
+    except Exception as error:  # offline, unknown repository, no access, no space: each a type of its own
+        raise UserError(f"cannot fetch {name} from the hub ({reason(error)}): pass a local folder instead") from error
+
+
+def absolute(source: str) -> str:
+    """A local path made absolute; a hub id as it is."""
+    return os.path.abspath(os.path.expanduser(source)) if os.path.exists(os.path.expanduser(source)) else source
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:  # not JSON, not UTF-8
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes plain values, sorted, atomically."""
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file that is either whole or as it was: temporary file beside it, flush, fsync, replace."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error of a library."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from segformer.__main__ import main
+from segformer.config import SegformerConfig
+from segformer.model import SegformerForSemanticSegmentation
+from tests.conftest import randomize
+from tests.test_checkpoints import PIXELS
+from tests.test_namings import as_mmseg, as_nvlabs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """B0 in its published sizes, saved as Hugging Face's."""
+    torch.manual_seed(0)
+    model = SegformerForSemanticSegmentation(SegformerConfig.from_variant("b0", num_labels=150))
+    randomize(model)
+    path = tmp_path_factory.mktemp("b0") / "model"
+    model.save_pretrained(path)
+    return path
+
+
+def told(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", *map(str, arguments)])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_convert_to_nvlabs_and_back_is_bit_identical(folder, tmp_path, capsys) -> None:
+    pth, back = tmp_path / "new" / "b0.pth", tmp_path / "back"
+    main(["convert", str(folder), str(pth), "--to", "nvlabs"])
+    out = capsys.readouterr().out
+    assert "found 208 tensors in the names of Hugging Face's files: SegformerForSemanticSegmentation of 150" in out
+    assert f"wrote {pth}: 194 tensors" in out and "filled decode_head.conv_seg" in out
+    content = torch.load(pth, weights_only=True)
+    assert len(content["state_dict"]) == 194 and content["meta"]["CLASSES"][149] == "LABEL_149"
+    main(["convert", str(pth), str(back)])
+    out = capsys.readouterr().out
+    assert "found 194 tensors in the names of NVlabs" in out and "dropped decode_head.conv_seg" in out
+    assert f"wrote {back}: config.json, model.safetensors; 208 tensors" in out
+    before, after = load_file(folder / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_half_precision_stays_half_precision(folder, tmp_path) -> None:
+    half = {
+        name: t.half() if t.is_floating_point() else t for name, t in load_file(folder / "model.safetensors").items()
+    }
+    torch.save(half, tmp_path / "half.pt")
+    main(["convert", str(tmp_path / "half.pt"), str(tmp_path / "half")])
+    after = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in half.items())
+
+
+def test_an_encoder_stays_an_encoder(folder, tmp_path, capsys) -> None:
+    disk = {n: t for n, t in load_file(folder / "model.safetensors").items() if n.startswith("segformer.")}
+    torch.save(as_mmseg(disk, ""), tmp_path / "mmseg.pth")
+    main(["convert", str(tmp_path / "mmseg.pth"), str(tmp_path / "mit.pth"), "--to", "nvlabs"])
+    assert "in the names of mmsegmentation: SegformerModel\n" in capsys.readouterr().out
+    written, expected = torch.load(tmp_path / "mit.pth", weights_only=True), as_nvlabs(disk, "")
+    assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def test_an_imagenet_classifier_stays_a_classifier(folder, tmp_path, capsys) -> None:
+    disk = {n: t for n, t in load_file(folder / "model.safetensors").items() if n.startswith("segformer.")}
+    head = {"head.weight": torch.randn(1000, 256), "head.bias": torch.randn(1000)}
+    torch.save(as_nvlabs(disk, "") | head, tmp_path / "mit_b0.pth")
+    main(["convert", str(tmp_path / "mit_b0.pth"), str(tmp_path / "mit-b0")])
+    assert "SegformerForImageClassification of 1000 classes" in capsys.readouterr().out
+    written = load_file(tmp_path / "mit-b0" / "model.safetensors")
+    assert torch.equal(written["classifier.weight"], head["head.weight"]) and len(written) == len(disk) + 2
+    main(["convert", str(tmp_path / "mit-b0"), str(tmp_path / "again.pth"), "--to", "nvlabs"])
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    expected = as_nvlabs(disk, "") | head
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in expected)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SegformerForImageClassification.from_pretrained(tmp_path / "mit-b0").eval()
+    from segformer.model import SegformerForImageClassification
+
+    ours = SegformerForImageClassification.from_pretrained(tmp_path / "mit-b0")
+    torch.testing.assert_close(ours(PIXELS).logits, theirs(PIXELS).logits, rtol=1e-4, atol=1e-4)
+    with pytest.warns(UserWarning, match="classifier starts fresh .the checkpoint has none"):
+        SegformerForImageClassification.from_pretrained(folder)  # of a segmentation model
+    with pytest.raises(ValueError, match="classifier: .* has 1000 classes, the model has 3; to start a fresh"):
+        SegformerForImageClassification.from_pretrained(tmp_path / "mit-b0", num_labels=3)
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys) -> None:
+    taken = tmp_path / "taken.pth"
+    taken.write_text("mine")
+    assert "is there already" in told(capsys, folder, taken, "--to", "nvlabs")
+    assert "is there already" in told(capsys, folder, taken)
+    assert "is there already" in told(capsys, folder, tmp_path)
+    assert "expected one that ends in .pth" in told(capsys, folder, tmp_path / "new", "--to", "nvlabs")
+    assert taken.read_text() == "mine" and list(tmp_path.iterdir()) == [taken]
+
+
+class _Settings:
+    """What mmcv's `meta` may hold."""
+
+
+def test_convert_reads_objects_only_when_told_to(folder, tmp_path, capsys) -> None:
+    weights = as_nvlabs(load_file(folder / "model.safetensors"))
+    torch.save({"meta": {"config": _Settings()}, "state_dict": weights}, tmp_path / "b0.pth")
+    sentence = told(capsys, tmp_path / "b0.pth", tmp_path / "out")
+    assert "can run any code" in sentence and "--allow-pickle" in sentence
+    with pytest.warns(UserWarning, match="RUNS NOW"):
+        main(["convert", str(tmp_path / "b0.pth"), str(tmp_path / "out"), "--allow-pickle"])
+    assert (tmp_path / "out" / "NOTICE").is_file()
+
+
+def test_what_cannot_be_converted_is_one_sentence(folder, tmp_path, capsys) -> None:
+    torch.save({"state_dict": as_mmseg(load_file(folder / "model.safetensors"), head=True)}, tmp_path / "mmseg.pth")
+    assert "mmsegmentation's decode head" in told(capsys, tmp_path / "mmseg.pth", tmp_path / "out")
+    save_file({"fc.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors")
+    assert "not the names of a SegFormer" in told(capsys, tmp_path / "resnet.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
