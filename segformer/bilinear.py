@@ -43,12 +43,6 @@ def band_rows(numbers: int, device: torch.device) -> int:
     return max(1, BAND_NUMBERS.get(device.type, BAND_NUMBERS["cuda"]) // numbers)
 
 
-def upsample_rows(maps: Tensor, vertical: Tensor, across: Tensor) -> Tensor:
-    """(K, h, w) maps, (R, h) and (W, w) weights of `bilinear_matrix` -> (K, R, W): two matrix products."""
-    tall = vertical @ maps  # (K, R, w)
-    return (tall.view(-1, tall.shape[-1]) @ across.T).view(len(maps), -1, len(across))
-
-
 def upsample_band(maps: Tensor, vertical: Tensor, width: int) -> Tensor:
     """(h, w, C) maps and (R, h) weights of `bilinear_matrix` -> (R, width, C): rows by a product, columns by a kernel.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_rows
+from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_band
 from segformer.errors import UserError
 from segformer.labels import IGNORE
 
@@ -84,12 +84,12 @@ class _PixelCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            maps = logits.detach().to(dtype).contiguous()  # class by class: softmax then runs along whole rows
+            maps = logits.detach().to(dtype).permute(0, 2, 3, 1).contiguous()  # classes side by side for the softmax
             target = _Target(ignore_index, None if weights is None else weights.to(dtype), smoothing)
             total, gradient = _bands(maps, labels, target, with_gradient=ctx.needs_input_grad[0])
             count = target.count(labels) if denominator == "valid" else torch.full_like(total, labels.numel())
             if gradient is not None:  # divided in backward: a loss scale must come before the rounding to half
-                ctx.save_for_backward(gradient.to(logits.dtype), count)
+                ctx.save_for_backward(gradient.to(logits.dtype).permute(0, 3, 1, 2), count)
             return (total / count).to(dtype)
 
     @staticmethod
@@ -116,51 +116,50 @@ class _Target:
         return torch.where(total > 0, total, torch.ones_like(total))
 
     def score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (K, P) -> the pixels' losses (P,) and their gradient (K, P), both zero where ignored.
+        """logits (P, K) -> the pixels' losses (P,) and their gradient (P, K), both zero where ignored.
 
         Without weights and smoothing the gradient is softmax - onehot. In general the target is t: `1 - smoothing`, and
         the same share as everyone, at the label; the loss is -sum(w t log p), its gradient p sum(w t) - w t.
         """
         ignored = labels == self.ignore_index
-        index = labels.long().masked_fill(ignored, 0).unsqueeze(0)  # (1, P)
-        log_probability = logits.log_softmax(dim=0)
+        index = labels.long().masked_fill(ignored, 0).unsqueeze(1)  # (P, 1)
+        log_probability = logits.log_softmax(dim=1)
         hit = torch.full_like(index, 1 - self.smoothing, dtype=logits.dtype)
         if self.weights is not None:
             hit = hit * self.weights[index]
-        loss = -hit * log_probability.gather(0, index)
-        mass: Tensor | float = hit if self.weights is not None or self.smoothing else 1.0
+        loss = -hit * log_probability.gather(1, index)
         share = None
         if self.smoothing:
-            weights = torch.ones_like(logits[:, 0]) if self.weights is None else self.weights
-            share = (self.smoothing / len(logits) * weights)[:, None]  # (K, 1)
-            loss = loss - share.T @ log_probability
-            mass = mass + share.sum()
+            weights = torch.ones_like(logits[0]) if self.weights is None else self.weights
+            share = self.smoothing / logits.shape[1] * weights  # (K,)
+            loss = loss - (log_probability @ share)[:, None]
         slope = log_probability.exp_()
-        if not isinstance(mass, float):
-            slope *= mass
-        slope.scatter_add_(0, index, -hit)
+        if self.weights is not None or share is not None:
+            slope *= hit if share is None else hit + share.sum()
+        slope.scatter_add_(1, index, -hit)
         if share is not None:
             slope -= share
-        return loss.squeeze(0).masked_fill(ignored, 0), slope.mul_(~ignored)
+        return loss.squeeze(1).masked_fill(ignored, 0), slope.mul_(~ignored[:, None])
 
 
 def _bands(maps: Tensor, labels: Tensor, target: _Target, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the pixel losses (float64 scalar) and its gradient by maps (B, K, h, w)."""
-    batch, classes, height, width = maps.shape
+    """Sum of the pixel losses (float64 scalar) and its gradient by maps (B, h, w, K)."""
+    height, width, classes = maps.shape[1:]
     rows, columns = labels.shape[1:]
     vertical = bilinear_matrix(height, rows, maps.device, maps.dtype)  # (H, h)
     across = bilinear_matrix(width, columns, maps.device, maps.dtype)  # (W, w)
     band = band_rows(columns * classes, maps.device)
     wide = torch.float32 if maps.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     total = torch.zeros((), dtype=wide, device=maps.device)
-    gradient = torch.zeros_like(maps) if with_gradient else None
-    for image in range(batch):
+    gradients = []
+    for image, label in zip(maps, labels, strict=True):
+        folded = maps.new_zeros(height, columns * classes) if with_gradient else None  # rows are back at their number
         for out, source in row_bands(height, rows, band):
-            down = vertical[out, source]  # (R, rows of the source)
-            logits = upsample_rows(maps[image, :, source], down, across)  # (K, R, W)
-            losses, slope = target.score(logits.view(classes, -1), labels[image, out].reshape(-1))
+            logits = upsample_band(image[source], vertical[out, source], columns)  # (R, W, K)
+            losses, slope = target.score(logits.reshape(-1, classes), label[out].reshape(-1))
             total += losses.sum(dtype=wide)
-            if gradient is not None:
-                narrow = (slope.view(-1, columns) @ across).view(classes, -1, width)  # (K, R, w)
-                gradient[image, :, source] += down.T @ narrow
-    return total, gradient
+            if folded is not None:
+                folded[source].addmm_(vertical[out, source].T, slope.view(-1, columns * classes))
+        if folded is not None:
+            gradients.append(across.T @ folded.view(height, columns, classes))  # (h, w, K)
+    return total, torch.stack(gradients) if with_gradient else None

@@ -183,7 +183,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         "hidden_sizes": [count * draw(st.sampled_from([4, 6, 8])) for count in heads],
         "sr_ratios": each(st.sampled_from([1, 2, 3])),
         "patch_sizes": each(st.sampled_from([3, 5, 7])),
-        "strides": each(st.sampled_from([1, 2, 3])),
+        "strides": [draw(st.sampled_from([2, 3, 4])), *each(st.sampled_from([1, 2]))[1:]],
         "mlp_ratios": each(st.sampled_from([1, 2, 4])),
         "decoder_hidden_size": draw(st.integers(3, 12)),
         "num_channels": draw(st.sampled_from([1, 3, 4])),
@@ -193,12 +193,10 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(fields=architectures(), height=st.integers(190, 230), width=st.integers(190, 230), merged=st.booleans())
+@given(fields=architectures(), height=st.integers(69, 90), width=st.integers(69, 90), merged=st.booleans())
 def test_random_architectures_give_transformers_outputs(
     fields: dict[str, Any], height: int, width: int, merged: bool, tmp_path: Path
 ) -> None:
-    if fields["strides"][0] == 1:  # as many tokens as pixels
-        height, width = height // 4, width // 4
     theirs, ours = both(tmp_path, **fields)
     ours.decode_head.merged = merged
     pixels = torch.randn(1, fields["num_channels"], height, width).double()
