@@ -100,6 +100,7 @@ class _Cells:
 
     @classmethod
     def of_axis(cls, source: int, target: int, dtype: torch.dtype) -> "_Cells":
+        assert target >= 2 * source  # no cell is empty
         centre = (torch.arange(target, dtype=torch.float64) + 0.5) * source / target - 0.5
         cell = centre.floor().long() + 1
         count = torch.bincount(cell, minlength=source + 1)

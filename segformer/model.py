@@ -321,7 +321,8 @@ class SegformerDecodeHead(nn.Module):
         """A (D, C) projection for each stage and their common bias (D,), BatchNorm included in eval mode."""
         slices = self.linear_fuse.weight[:, :, 0, 0].chunk(len(self.linear_projections), dim=1)  # deepest stage first
         norm = self.batch_norm
-        with torch.autocast(device, enabled=False):  # a product of weights: no rounding to half precision
+        # a product of weights: no rounding to half precision (meta tensors have no autocast to switch off)
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             weights, bias = [], torch.zeros_like(norm.bias)
             for slice_, projection in zip(reversed(slices), self.linear_projections, strict=True):
                 assert isinstance(projection, nn.Linear)

@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segformer import bilinear, inference
-from segformer.bilinear import upsample_argmax
+from segformer import inference
 from segformer.errors import UserError
 from segformer.inference import Protocol, segment
 from segformer.pixels import normalize
@@ -22,24 +21,6 @@ def agreement(found: torch.Tensor, expected: torch.Tensor) -> float:
     return (found.long() == expected).double().mean().item()
 
 
-@pytest.mark.parametrize("size", [(70, 100), (33, 65), (18, 25)])
-def test_label_maps_are_upsampled_logits_argmax_in_bands(size, monkeypatch) -> None:
-    logits = torch.randn(2, 7, 18, 25)
-    whole = upsample_argmax(logits, *size)
-    monkeypatch.setitem(bilinear.BAND_NUMBERS, "cpu", 7 * size[1] * 3)
-    banded = upsample_argmax(logits, *size)
-    assert whole.dtype == torch.uint8 and whole.shape == (2, *size)
-    assert agreement(whole, naive(logits, size)) > 0.9999
-    assert agreement(banded, whole.long()) > 0.9999
-
-
-def test_many_classes_need_a_wider_type() -> None:
-    logits = torch.randn(1, 256, 4, 4)
-    found = upsample_argmax(logits, 8, 8)
-    assert found.dtype == torch.int16
-    assert agreement(found, naive(logits, (8, 8))) == 1
-
-
 def test_whole_image_at_its_own_size(tiny, images) -> None:
     found = segment(tiny, images)
     assert agreement(found, naive(tiny(normalize(images)).logits, (70, 100))) > 0.9999
@@ -53,6 +34,15 @@ def test_short_side_then_alignment_then_back_to_the_original_size(tiny, images) 
     tiny.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     assert segment(tiny, images, protocol).shape == (2, 70, 100)
     assert seen == [(2, 3, 64, 64)]
+
+
+def test_large_images_of_a_batch_are_taken_one_by_one_on_a_cpu(tiny) -> None:
+    images = torch.randint(0, 256, (2, 3, 512, 512), dtype=torch.uint8)
+    seen = []
+    tiny.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = segment(tiny, images)
+    assert seen == [1, 1] and found.shape == (2, 512, 512)
+    assert agreement(found, naive(tiny(normalize(images)).logits, (512, 512))) > 0.9999
 
 
 def test_one_window_equals_the_whole_image(tiny, images) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from segformer import bilinear
 from segformer.errors import UserError
-from segformer.losses import pixel_cross_entropy
+from segformer.losses import binary_pixel_cross_entropy, pixel_cross_entropy
 
 
 def literal(logits, labels, denominator):
@@ -71,12 +71,56 @@ def test_no_full_resolution_tensor_is_kept_for_backward() -> None:
     assert sorted(saved) == [1, logits.numel()]  # and the number of pixels
 
 
+@pytest.mark.parametrize("denominator", ["valid", "all"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weights", [None, [0.5, 0.0, 2.0, 1.5, 1.0]])
+def test_class_weights_and_label_smoothing_are_torchs(weights, smoothing, denominator) -> None:
+    logits = torch.randn(2, 5, 8, 9, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, (2, 30, 35))
+    labels[:, :7] = 255
+    upsampled = F.interpolate(logits, size=(30, 35), mode="bilinear", align_corners=False)
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    options = {"weight": weight, "ignore_index": 255, "label_smoothing": smoothing}
+    expected = F.cross_entropy(upsampled, labels, **options)
+    if denominator == "all":
+        expected = F.cross_entropy(upsampled, labels, reduction="sum", **options) / labels.numel()
+    found = pixel_cross_entropy(
+        logits, labels, denominator=denominator, class_weights=weights, label_smoothing=smoothing
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    (found_gradient,), (expected_gradient,) = (torch.autograd.grad(loss, logits) for loss in (found, expected))
+    torch.testing.assert_close(found_gradient, expected_gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_weighted_pixels_of_no_weight_cost_nothing() -> None:
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    loss = pixel_cross_entropy(logits, torch.zeros(1, 8, 8, dtype=torch.long), class_weights=[0.0, 1.0])
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+def test_one_class_is_scored_against_zero_and_one_over_all_pixels() -> None:
+    logits = torch.randn(2, 1, 8, 8, requires_grad=True)
+    labels = torch.randint(0, 2, (2, 32, 32))
+    labels[0, :10] = 255
+    loss = binary_pixel_cross_entropy(logits, labels)
+    loss.backward()
+    x = F.interpolate(logits.detach(), size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
+    by_hand = torch.where(labels == 1, torch.log1p(torch.exp(-x)), torch.log1p(torch.exp(x)))
+    assert loss.item() == pytest.approx(by_hand[labels != 255].sum().item() / labels.numel(), rel=1e-5)
+    with pytest.raises(UserError, match="labels hold 7, expected 0, 1 or 255 for a model of one class"):
+        binary_pixel_cross_entropy(logits, labels.masked_fill(labels == 1, 7))
+
+
 @pytest.mark.parametrize(
     ("shape", "labels", "options", "message"),
     [
         ((1, 1, 8, 8), (1, 32, 32), {}, "logits have 1 class"),
         ((2, 3, 8, 8), (1, 32, 32), {}, "expected \\(batch 2, height, width\\)"),
         ((1, 3, 8, 8), (1, 32, 32), {"denominator": "some"}, "expected 'valid' or 'all'"),
+        ((1, 3, 8, 8), (1, 32, 32), {"class_weights": [1, 2]}, "class_weights are .1, 2., expected 3 factors"),
+        ((1, 3, 8, 8), (1, 32, 32), {"class_weights": [1, 2, -1]}, "expected 3 factors of at least 0"),
+        ((1, 3, 8, 8), (1, 32, 32), {"label_smoothing": 1.5}, "label_smoothing is 1.5, expected 0 to 1"),
     ],
 )
 def test_wrong_arguments_are_told(shape, labels, options, message) -> None:

@@ -5,10 +5,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from segformer.bilinear import bilinear_matrix, row_bands
 from segformer.errors import UserError
 from segformer.pixels import MEAN, PAD, STD, normalize, read_image, resize
 from tests.conftest import grey_png
@@ -22,27 +20,6 @@ def test_normalised_pixels_are_those_of_imagenet() -> None:
         torch.testing.assert_close(found[0, channel].double(), expected, atol=1e-6, rtol=0)
     padded = normalize(torch.tensor(PAD, dtype=torch.uint8).view(1, 3, 1, 1))
     assert padded.abs().max() <= 0.0082  # "pad after normalising" would give 0: half a grey level at most
-
-
-@pytest.mark.parametrize(("source", "target"), [(8, 32), (7, 20), (20, 7), (5, 5), (1, 4)])
-def test_bilinear_matrix_is_torchs_resize(source, target) -> None:
-    x = torch.randn(1, 1, source, source, dtype=torch.float64)
-    matrix = bilinear_matrix(source, target, x.device, x.dtype)
-    expected = F.interpolate(x, size=(target, target), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(matrix @ x[0, 0] @ matrix.T, expected[0, 0])
-    torch.testing.assert_close(matrix.sum(1), torch.ones(target, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(("source", "target", "rows"), [(8, 32, 5), (7, 20, 1), (20, 7, 3), (5, 5, 2), (128, 683, 17)])
-def test_bands_cover_every_row_and_hold_what_it_needs(source, target, rows) -> None:
-    matrix = bilinear_matrix(source, target, torch.device("cpu"))
-    covered = []
-    for out, needed in row_bands(source, target, rows):
-        covered += range(target)[out]
-        outside = matrix[out].clone()
-        outside[:, needed] = 0
-        assert not outside.any()
-    assert covered == list(range(target))
 
 
 def test_resize_follows_opencv_within_a_grey_level() -> None:
