@@ -9,6 +9,7 @@ from segformer.errors import UserError, explained
 
 if TYPE_CHECKING:  # --help needs no torch
     from segformer.checkpoints import Checkpoint, Pretrained
+    from segformer.processor import SegformerImageProcessor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,11 +38,25 @@ def _convert(source: str, target: Path, to: str, allow_pickle: bool) -> None:
     print(*checkpoint.notes, sep="\n", end="\n" if checkpoint.notes else "")
     if to == "hf":
         model.save_pretrained(target)
+        _processor(Path(source)).save_pretrained(target)
         files = ", ".join(sorted(path.name for path in target.iterdir()))
         print(f"wrote {target}: {files}; {len(to_disk(model.state_dict()))} tensors")
     else:
         count, notes = save_nvlabs(model, target)
         print(*notes, f"wrote {target}: {count} tensors", sep="\n")
+
+
+def _processor(source: Path) -> "SegformerImageProcessor":
+    """The settings beside the weights; of a training checkpoint its crop's size, and the usual ones otherwise."""
+    from segformer.checkpoints import training_config
+    from segformer.files import locate
+    from segformer.processor import FILE, SegformerImageProcessor
+
+    folder = source if source.exists() else locate(source, [FILE])
+    if (folder / FILE).is_file():
+        return SegformerImageProcessor.from_pretrained(folder)
+    data = training_config(source, needed=False).get("data", {})
+    return SegformerImageProcessor(size=data.get("crop_size"))
 
 
 def _require_new(target: Path, to: str) -> None:

@@ -45,12 +45,11 @@ def pixel_cross_entropy(
         raise UserError(f"labels have shape {tuple(labels.shape)}, expected (batch {len(logits)}, height, width)")
     if not 0 <= label_smoothing <= 1:
         raise UserError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
-    weights = None
-    if class_weights is not None:
-        weights = torch.as_tensor(class_weights, device=logits.device)
-        if weights.shape != (classes,) or bool((weights < 0).any()):
-            raise UserError(f"class_weights are {weights.tolist()}, expected {classes} factors of at least 0")
-    return _PixelCrossEntropy.apply(logits, labels, ignore_index, denominator, weights, label_smoothing)
+    if class_weights is not None and not isinstance(class_weights, Tensor):
+        if len(class_weights) != classes or min(class_weights) < 0:
+            raise UserError(f"class_weights are {class_weights}, expected {classes} factors of at least 0")
+        class_weights = torch.tensor(class_weights, device=logits.device)
+    return _PixelCrossEntropy.apply(logits, labels, ignore_index, denominator, class_weights, label_smoothing)
 
 
 def binary_pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE) -> Tensor:

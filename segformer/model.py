@@ -432,6 +432,7 @@ def build_segformer(
     drop_path_rate: float = 0.1,
     classifier_dropout_kind: str = "channel",
     layer_norm_eps_kind: str = "hf",
+    merged_decode: bool = True,
     freeze: Sequence[str] = (),
 ) -> tuple[SegformerForSemanticSegmentation, str]:
     """The network of a training run, whose config section `model` this signature is, and what was loaded into it."""
@@ -441,6 +442,7 @@ def build_segformer(
         drop_path_rate=drop_path_rate,
         classifier_dropout_kind=classifier_dropout_kind,
         layer_norm_eps_kind=layer_norm_eps_kind,
+        merged_decode=merged_decode,
     )
     model = SegformerForSemanticSegmentation(config)
     loaded = start_from(model, pretrained) if pretrained else "all weights start fresh"

@@ -16,6 +16,9 @@ from segformer.metrics import Scores, confusion_matrix
 from segformer.optim import adamw
 from segformer.pixels import normalize
 
+# keys of the config section `optim` -> arguments of the loss
+LOSS = {"loss_denominator": "denominator", "class_weights": "class_weights", "label_smoothing": "label_smoothing"}
+
 
 class Confusion(Metric):
     """(K, K) counts and the number of images behind them, summed over processes."""
@@ -48,8 +51,8 @@ def synchronized(model: Pretrained, device: str, processes: int) -> Pretrained:
 class SegmentationTask(pl.LightningModule):
     """Trains and scores a network; the recipe's numbers come in as `optim`.
 
-    protocol: how validation turns images into label maps. optim: keywords of `optim.adamw` and
-    `loss_denominator`. hyper_parameters: plain values written into every checkpoint.
+    protocol: how validation turns images into label maps. optim: keywords of `optim.adamw` and of the loss (`LOSS`).
+    hyper_parameters: plain values written into every checkpoint.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class SegmentationTask(pl.LightningModule):
         super().__init__()
         self.model, self.protocol, self.max_steps, self.seed = model, protocol, max_steps, seed
         self.optim = dict(optim or {})
-        self.loss_denominator = self.optim.pop("loss_denominator", "all")
+        self.loss = {name: self.optim.pop(key) for key, name in LOSS.items() if key in self.optim}
         self.hyper_parameters = hyper_parameters or {}
         self.confusion = Confusion(model.config.num_labels)
         self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it
@@ -97,7 +100,7 @@ class SegmentationTask(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits = self.model(normalize(batch["image"]).to(self.dtype)).logits
-        loss = pixel_cross_entropy(logits, batch["mask"], denominator=self.loss_denominator)
+        loss = pixel_cross_entropy(logits, batch["mask"], **self.loss)
         self.step_losses.append(loss.detach())
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
             # of all samples of the step, on whatever layout: curves of one and of eight devices can be compared

@@ -17,6 +17,7 @@ from segformer.errors import build
 from segformer.labels import Classes
 from segformer.model import build_segformer
 from segformer.optim import adamw
+from segformer.task import LOSS
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -24,7 +25,9 @@ DATASETS = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
 PAPER = {
     "lr": 6e-5, "betas": [0.9, 0.999], "weight_decay": 0.01, "head_lr_multiplier": 10, "warmup_steps": 1500,
     "warmup_ratio": 1e-6, "power": 1.0, "loss_denominator": "all",
+    "class_weights": None, "label_smoothing": 0.0,
 }  # fmt: skip
+NETWORK = {"classifier_dropout_kind": "channel", "layer_norm_eps_kind": "hf", "merged_decode": True, "freeze": []}
 MINIMAL = {"folder": ["data.classes=[background,pothole]"]}
 
 
@@ -49,14 +52,14 @@ def test_every_dataset_builds_its_loaders_optimiser_and_network(data: str) -> No
     loaders = build("data", SegmentationData, config["data"], seed=config["seed"])
     model, _ = build("model", build_segformer, config["model"], names=loaders.classes.names)
     assert model.config.num_labels == len(config["data"]["classes"])
-    options = {key: value for key, value in config["optim"].items() if key != "loss_denominator"}
+    options = {key: value for key, value in config["optim"].items() if key not in LOSS}
     build("optim", adamw, options, model=model, max_steps=config["trainer"]["max_steps"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_model_choices_are_the_variants_with_their_pretrained_encoder(variant: str) -> None:
     model = composed(f"model={variant}", "data=folder", "data.root=x", *MINIMAL["folder"])["model"]
-    assert model == {"variant": variant, "pretrained": f"nvidia/mit-{variant}", "drop_path_rate": 0.1}
+    assert model == {"variant": variant, "pretrained": f"nvidia/mit-{variant}", "drop_path_rate": 0.1, **NETWORK}
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -83,7 +86,8 @@ def test_model_and_data_by_one_word_each_are_the_papers_recipe(variant, data) ->
     section = config["data"]
     assert {"crop": section["crop_size"], "base": section["base_size"], "protocol": section["protocol"]} == expected
     assert (section["batch_size"], section["scale"], section["cat_max_ratio"]) == (BATCH[data], [0.5, 2.0], 0.75)
-    assert config["model"] == {"variant": variant, "pretrained": f"nvidia/mit-{variant}", "drop_path_rate": 0.1}
+    network = {"variant": variant, "pretrained": f"nvidia/mit-{variant}", "drop_path_rate": 0.1, **NETWORK}
+    assert config["model"] == network
     assert config["optim"] == PAPER
     trainer = config["trainer"]
     assert (trainer["max_steps"], trainer["val_check_interval"], trainer["checkpoint_interval"]) == (

@@ -1,10 +1,14 @@
+import shutil
+
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from segformer.__main__ import main
 from segformer.config import SegformerConfig
 from segformer.model import SegformerForSemanticSegmentation
+from segformer.processor import SegformerImageProcessor
 from tests.conftest import randomize
 from tests.test_checkpoints import PIXELS
 from tests.test_namings import as_mmseg, as_nvlabs
@@ -40,9 +44,24 @@ def test_convert_to_nvlabs_and_back_is_bit_identical(folder, tmp_path, capsys) -
     main(["convert", str(pth), str(back)])
     out = capsys.readouterr().out
     assert "found 194 tensors in the names of NVlabs" in out and "dropped decode_head.conv_seg" in out
-    assert f"wrote {back}: config.json, model.safetensors; 208 tensors" in out
+    assert f"wrote {back}: config.json, model.safetensors, preprocessor_config.json; 208 tensors" in out
     before, after = load_file(folder / "model.safetensors"), load_file(back / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_folder_tells_transformers_how_images_are_prepared(folder, tmp_path, tiny) -> None:
+    main(["convert", str(folder), str(tmp_path / "usual")])
+    assert SegformerImageProcessor.from_pretrained(tmp_path / "usual").size == {"height": 512, "width": 512}
+    kept = shutil.copytree(folder, tmp_path / "kept")
+    SegformerImageProcessor(size=(320, 640), do_reduce_labels=True).save_pretrained(kept)
+    main(["convert", str(kept), str(tmp_path / "again")])
+    again = transformers.AutoImageProcessor.from_pretrained(tmp_path / "again")
+    assert dict(again.size) == {"height": 320, "width": 640} and again.do_reduce_labels is True
+    run = {"model": tiny.config.to_dict(), "config": {"data": {"crop_size": 128, "train": {}, "val": {}}}}
+    weights = {f"model.{name}": tensor for name, tensor in tiny.state_dict().items()}
+    torch.save({"state_dict": weights, "hyper_parameters": run}, tmp_path / "best.ckpt")
+    main(["convert", str(tmp_path / "best.ckpt"), str(tmp_path / "trained")])
+    assert SegformerImageProcessor.from_pretrained(tmp_path / "trained").size == {"height": 128, "width": 128}
 
 
 def test_half_precision_stays_half_precision(folder, tmp_path) -> None:
@@ -76,7 +95,6 @@ def test_an_imagenet_classifier_stays_a_classifier(folder, tmp_path, capsys) -> 
     again = torch.load(tmp_path / "again.pth", weights_only=True)
     expected = as_nvlabs(disk, "") | head
     assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in expected)
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.SegformerForImageClassification.from_pretrained(tmp_path / "mit-b0").eval()
     from segformer.model import SegformerForImageClassification
 
