@@ -126,5 +126,9 @@ class SegmentationTask(pl.LightningModule):
         self.scores, self.images_scored = Scores.from_confusion(matrix), int(images)
         self.log_dict({"val/miou": self.scores.miou, "val/macc": self.scores.macc, "val/aacc": self.scores.aacc})
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # a run that goes on does not open its pretrained weights again: what is known of them stands here
+        self.hyper_parameters["model"] = checkpoint["hyper_parameters"]["model"]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.hyper_parameters

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from segformer.processor import SegformerImageProcessor
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -50,12 +51,16 @@ def test_script_commands_compose(command: list[str], tmp_path) -> None:
         assert config.data.train.images == "images/train/*"
 
 
-def test_the_python_example_runs(tiny, tmp_path, monkeypatch, capsys) -> None:
+def test_the_python_examples_run(tiny, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.save_pretrained("my-model")
+    SegformerImageProcessor(size=64).save_pretrained("my-model")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)).save("street.jpg")
-    (code,) = [block for language, block in BLOCKS if language == "python"]
-    exec(code, {})
+    first, second = [block for language, block in BLOCKS if language == "python"]
+    names: dict = {}
+    exec(first.replace("nvidia/segformer-b0-finetuned-ade-512-512", "my-model"), names)
+    assert names["outputs"][0]["mask"].size == (90, 70)
+    exec(second, {})
     assert "LABEL_" in capsys.readouterr().out
 
 

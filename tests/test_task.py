@@ -48,9 +48,9 @@ class Record(pl.Callback):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def trained(record: Record, steps: int, **data) -> SegmentationTask:
+def trained(record: Record, steps: int, optim: dict | None = None, **data) -> SegmentationTask:
     loaders = build("data", SegmentationData, TOY | data, seed=0).opened("train", "val")
-    task = SegmentationTask(small(loaders.classes.names), Protocol(), RECIPE, steps)
+    task = SegmentationTask(small(loaders.classes.names), Protocol(), RECIPE | (optim or {}), steps)
     options = {"max_steps": steps, "val_check_interval": steps, "limit_val_batches": 0, "log_every_n_steps": 1}
     trainer = quiet(**options, callbacks=[record])
     resume.share_batches(trainer, loaders)
@@ -102,6 +102,31 @@ def test_accumulated_micro_batches_train_like_the_whole_batch(micro) -> None:
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
     for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_a_run_that_goes_on_still_says_whose_weights_it_started_from(tiny) -> None:
+    """It does not open the pretrained weights again, so the note must come out of its own checkpoint."""
+    tiny.config.weights_license = "NVIDIA's own"
+    before = {"hyper_parameters": {"model": tiny.config.to_dict(), "config": {"seed": 0}}}
+    again = SegmentationTask(tiny, Protocol(), hyper_parameters={"model": {}, "config": {"seed": 0}})
+    again.on_load_checkpoint(before)
+    after: dict = {}
+    again.on_save_checkpoint(after)
+    assert after["hyper_parameters"] == before["hyper_parameters"]
+
+
+def test_class_weights_and_smoothing_of_the_configuration_reach_the_loss() -> None:
+    record, weights = Record(frozen=True), [5.0, 1, 1, 1, 0.5, 1, 1, 2]
+    trained(record, 1, {"class_weights": weights, "label_smoothing": 0.1}, batch_size=2, crop_size=160)
+    torch.manual_seed(0)
+    model = small([str(index) for index in range(8)]).train()
+    model.decode_head.batch_norm.eval()
+    ((images, masks),) = record.batches
+    logits = model(normalize(images)).logits
+    full = nn.functional.interpolate(logits, size=masks.shape[1:], mode="bilinear", align_corners=False)
+    options = {"weight": torch.tensor(weights), "label_smoothing": 0.1, "ignore_index": 255, "reduction": "sum"}
+    expected = nn.functional.cross_entropy(full, masks.long(), **options) / masks.numel()
+    assert record.losses == [pytest.approx(expected.item(), rel=1e-5)]
 
 
 def test_group_sizes_are_told_and_add_up() -> None:
