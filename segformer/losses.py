@@ -49,6 +49,13 @@ def pixel_cross_entropy(
         if len(class_weights) != classes or min(class_weights) < 0:
             raise UserError(f"class_weights are {class_weights}, expected {classes} factors of at least 0")
         class_weights = torch.tensor(class_weights, device=logits.device)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise UserError(
+                f"labels hold {int(wrong[0])}, expected 0 to {classes - 1} or {ignore_index}: the model has {classes} "
+                "classes; do the labels start at 1, or is the ignored value another one?"
+            )
     return _PixelCrossEntropy.apply(logits, labels, ignore_index, denominator, class_weights, label_smoothing)
 
 

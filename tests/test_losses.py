@@ -71,6 +71,14 @@ def test_no_full_resolution_tensor_is_kept_for_backward() -> None:
     assert sorted(saved) == [1, logits.numel()]  # and the number of pixels
 
 
+@pytest.mark.parametrize("value", [5, 254, -100])
+def test_a_label_that_is_no_class_is_told_on_a_cpu(value) -> None:
+    labels = torch.zeros(1, 8, 8, dtype=torch.long)
+    labels[0, 3, 3] = value
+    with pytest.raises(UserError, match=f"labels hold {value}, expected 0 to 4 or 255.*start at 1"):
+        pixel_cross_entropy(torch.zeros(1, 5, 2, 2), labels)
+
+
 @pytest.mark.parametrize("denominator", ["valid", "all"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weights", [None, [0.5, 0.0, 2.0, 1.5, 1.0]])

@@ -49,6 +49,14 @@ def labels(maps, image=None, kind=SegformerImageProcessor, **options) -> np.ndar
     return processor(photo() if image is None else image, maps, return_tensors="np").labels
 
 
+def torch_has_lanczos() -> bool:
+    try:
+        torch.nn.functional.interpolate(torch.zeros(1, 1, 4, 4), size=(2, 2), mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
 # --- the numbers are those of transformers
 
 
@@ -98,6 +106,8 @@ def test_real_photographs_give_the_pixels_of_transformers_to_the_last_bit(shared
     ids=str,
 )
 def test_each_setting_means_what_it_means_to_transformers(ours, theirs, settings) -> None:
+    if settings.get("resample") == 1 and theirs is Theirs and not torch_has_lanczos():
+        pytest.skip("this torch has no Lanczos filter, and the peer takes another one silently")
     settings = {"size": SMALL, **settings}
     if theirs is TheirPil and settings.get("image_mean") == 0.5:
         settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
