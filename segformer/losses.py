@@ -158,8 +158,8 @@ def _bands(maps: Tensor, labels: Tensor, target: _Target, with_gradient: bool) -
     wide = torch.float32 if maps.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     total = torch.zeros((), dtype=wide, device=maps.device)
     gradients = []
+    folded = maps.new_zeros(height, columns * classes) if with_gradient else None  # rows are back at their number
     for image, label in zip(maps, labels, strict=True):
-        folded = maps.new_zeros(height, columns * classes) if with_gradient else None  # rows are back at their number
         for out, source in row_bands(height, rows, band):
             logits = upsample_band(image[source], vertical[out, source], columns)  # (R, W, K)
             losses, slope = target.score(logits.reshape(-1, classes), label[out].reshape(-1))
@@ -168,4 +168,5 @@ def _bands(maps: Tensor, labels: Tensor, target: _Target, with_gradient: bool) -
                 folded[source].addmm_(vertical[out, source].T, slope.view(-1, columns * classes))
         if folded is not None:
             gradients.append(across.T @ folded.view(height, columns, classes))  # (h, w, K)
+            folded.zero_()
     return total, torch.stack(gradients) if with_gradient else None
