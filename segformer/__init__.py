@@ -17,8 +17,8 @@ _HOMES = {
         "SegformerDecodeHead",
         "SegformerForSemanticSegmentation",
         "SegformerForImageClassification",
-        "SegformerPreTrainedModel",
     ),
+    "segformer.base": ("SegformerPreTrainedModel",),
     "segformer.processor": (
         "SegformerImageProcessor",
         "SegformerImageProcessorPil",

@@ -59,7 +59,8 @@ def upsample_band(maps: Tensor, vertical: Tensor, width: int) -> Tensor:
 def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
     """argmax over classes of bilinearly resized logits, in real arithmetic; ties of rounding may fall either way.
 
-    logits: (B, K, h, w) -> (B, height, width) uint8, int16 above 255 classes. Compared in float32 (float64 stays).
+    logits: (B, K, h, w) -> (B, height, width) uint8, int16 above 255 classes. Compared in float32 (float64 stays). A
+    class whose logit is -inf or NaN at a place does not win there.
     """
     classes, rows, columns = logits.shape[1:]
     dtype = torch.uint8 if classes <= 255 else torch.int16
@@ -67,6 +68,9 @@ def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
         return logits.argmax(dim=1).to(dtype)
     with torch.autocast(logits.device.type, enabled=False):
         maps = (logits if logits.dtype == torch.float64 else logits.float()).permute(0, 2, 3, 1).contiguous()
+        # a class ruled out by -inf must not turn its neighbours into NaN, which wins every argmax
+        lowest = torch.finfo(maps.dtype).min / 4
+        maps = torch.nan_to_num(maps, nan=lowest, neginf=lowest, posinf=-lowest)
         # pruning pays for many values on a CPU, several pixels a cell; a GPU would wait for the count of open cells
         many = classes * height * width > 8 * BAND_NUMBERS["cpu"]
         prune = logits.device.type == "cpu" and many and height >= 2 * rows and width >= 2 * columns

@@ -1,5 +1,6 @@
 """SegformerConfig: the fields, names and defaults of Hugging Face's, and the table of sizes B0..B5."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -101,11 +102,12 @@ class SegformerConfig:
         self.num_labels = 2 if num_labels is None else num_labels
         if id2label is not None:
             self.id2label = dict(sorted((int(key), name) for key, name in id2label.items()))
+            if list(self.id2label) != list(range(len(id2label))):
+                raise UserError(f"id2label has the ids {list(self.id2label)}, expected 0 to {len(id2label) - 1}")
             self.label2id = {name: index for index, name in self.id2label.items()}
         if label2id:
             self.label2id = dict(label2id)
-        for name, value in kwargs.items():
-            setattr(self, name, value)
+        self.update(kwargs)
         self._validate()
 
     @classmethod
@@ -130,6 +132,20 @@ class SegformerConfig:
     def num_hidden_layers(self) -> int:
         """transformers' other name for `num_encoder_blocks`."""
         return self.num_encoder_blocks
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, count: int) -> None:
+        self.num_encoder_blocks = count
+
+    @property
+    def use_return_dict(self) -> bool:
+        """transformers' other name for `return_dict`."""
+        return self.return_dict
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Sets fields by name."""
+        for name, value in values.items():
+            setattr(self, name, value)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> "SegformerConfig":
@@ -159,7 +175,7 @@ class SegformerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.json`."""
-        return {"model_type": self.model_type, **vars(self)}
+        return {"model_type": self.model_type, **copy.deepcopy(vars(self))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> "SegformerConfig":
@@ -168,9 +184,15 @@ class SegformerConfig:
         if found != cls.model_type:
             raise UserError(f"config.json describes a {found!r} model, expected 'segformer'")
         values = {key: value for key, value in values.items() if key != "model_type"}
-        stale = ("id2label", "label2id", "num_labels") if overrides.keys() & {"id2label", "num_labels"} else ()
-        values = {key: value for key, value in values.items() if key not in stale}
-        return cls(**{**values, **overrides})
+        count = overrides.get("num_labels")
+        if "id2label" in overrides or (count is not None and count != len(values.get("id2label") or {})):
+            values = {key: value for key, value in values.items() if key not in ("id2label", "label2id", "num_labels")}
+        try:
+            return cls(**{**values, **overrides})
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"config.json does not describe a SegFormer: {error}") from error
 
     def _validate(self) -> None:
         stages = self.num_encoder_blocks

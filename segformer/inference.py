@@ -79,7 +79,7 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
     """
     if images.device.type == "cpu" and len(images) > 1 and images[0, 0].numel() >= ONE_BY_ONE:
         return torch.cat([segment(model, image[None], protocol) for image in images])
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a caller may keep parts of it in eval mode
     model.eval()
     try:
         with torch.inference_mode():
@@ -90,7 +90,8 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
             logits = _logits(model, pixels, protocol)
             return upsample_argmax(logits, height, width)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _logits(model: nn.Module, pixels: Tensor, protocol: Protocol) -> Tensor:

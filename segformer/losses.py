@@ -45,10 +45,11 @@ def pixel_cross_entropy(
         raise UserError(f"labels have shape {tuple(labels.shape)}, expected (batch {len(logits)}, height, width)")
     if not 0 <= label_smoothing <= 1:
         raise UserError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
-    if class_weights is not None and not isinstance(class_weights, Tensor):
-        if len(class_weights) != classes or min(class_weights) < 0:
+    if class_weights is not None:
+        known = not isinstance(class_weights, Tensor) or class_weights.device.type == "cpu"  # no waiting for a GPU
+        if len(class_weights) != classes or (known and min(class_weights) < 0):
             raise UserError(f"class_weights are {class_weights}, expected {classes} factors of at least 0")
-        class_weights = torch.tensor(class_weights, device=logits.device)
+        class_weights = torch.as_tensor(class_weights, device=logits.device)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         if len(wrong):

@@ -7,19 +7,20 @@ ordinary channels-last (B, C, H, W) tensor and nothing is ever copied between th
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from segformer.base import SegformerPreTrainedModel
 from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_band
-from segformer.checkpoints import Pretrained, start_from
+from segformer.checkpoints import start_from
 from segformer.config import SegformerConfig
 from segformer.errors import UserError, nearest
 from segformer.losses import binary_pixel_cross_entropy, pixel_cross_entropy
-from segformer.outputs import BaseModelOutput, ImageClassifierOutput, ModelOutput, SemanticSegmenterOutput
+from segformer.outputs import BaseModelOutput, ImageClassifierOutput, SemanticSegmenterOutput
 
 # of embedding and reduction norms, of block and stage norms: transformers builds every LayerNorm with PyTorch's 1e-5,
 # NVlabs trained with 1e-6 in blocks and stages, which moves the encoder's outputs by about 2e-5
@@ -166,77 +167,6 @@ class Stage(nn.Module):
         return self.layer_norm(x).permute(0, 3, 1, 2), attentions  # (B, C, H, W), channels-last
 
 
-class SegformerPreTrainedModel(Pretrained):
-    """What the three models share beside files: where they live, how they save memory, what of them learns."""
-
-    def __init__(self, config: SegformerConfig) -> None:
-        super().__init__(config)
-        self.frozen: tuple[str, ...] = ()
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Blocks are computed again in the backward pass instead of kept: less memory, a third more work.
-
-        gradient_checkpointing_kwargs: accepted for transformers' sake; checkpoints are always non-reentrant.
-        """
-        self._set_gradient_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self._set_gradient_checkpointing(False)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return any(module.gradient_checkpointing for module in self.modules() if isinstance(module, Stage))
-
-    def _set_gradient_checkpointing(self, enabled: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.gradient_checkpointing = enabled
-
-    def freeze(self, *parts: str) -> Self:
-        """Stops parts from learning: no gradients, and eval mode (no dropout, fixed BatchNorm) in training too.
-
-        parts: module names as `named_modules` gives them ("segformer.stages.0", "decode_head.batch_norm"), or
-        "encoder" for all of the Mix Transformer. Returns the model.
-        """
-        names = dict(self.named_modules())
-        for part in parts:
-            name = "segformer" if part == "encoder" and "segformer" in names else part
-            if not name or name not in names:
-                near = nearest(part, names)
-                raise UserError(
-                    f"cannot freeze {part!r}{near}: give 'encoder', 'decode_head' or a name of named_modules()"
-                )
-            names[name].requires_grad_(False)
-            self.frozen += (name,)
-        return self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        for name in self.frozen:
-            self.get_submodule(name).eval()
-        return self
-
-    def _outputs(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
-        """What a call asks for, or else the configuration."""
-        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        first, second = (getattr(self.config, name) if asked is None else asked for name, asked in wanted.items())
-        return first, second
-
-    def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-
 class SegformerModel(SegformerPreTrainedModel):
     """The Mix Transformer encoder: (B, 3, H, W) normalised pixels -> four feature maps at strides 4, 8, 16, 32."""
 
@@ -262,8 +192,7 @@ class SegformerModel(SegformerPreTrainedModel):
         """pixel_values: (B, 3, H, W) float, normalised (`pixels.normalize`); sides from 29 pixels."""
         with_attentions, with_states = self._outputs(output_attentions, output_hidden_states)
         maps, attentions = self.features(pixel_values, with_attentions)
-        if not self.config.reshape_last_stage:
-            maps = (*maps[:-1], maps[-1].flatten(2).transpose(1, 2))  # (B, N, C)
+        maps = self._states(maps)
         output = BaseModelOutput(maps[-1], maps if with_states else None, attentions)
         return self._returned(output, return_dict)
 
@@ -288,7 +217,8 @@ class SegformerDecodeHead(nn.Module):
     commutes with the resize: each stage's slice of it is multiplied into that stage's projection (a product of weights,
     differentiable) and applied at the stage's own resolution. Same parameters, same function and gradient, 27 to 60 %
     fewer operations for the whole model and no (B, 4D, H/4, W/4) tensor. BatchNorm in eval mode is a scale and a shift,
-    and joins the product. `merged = False` takes the literal path.
+    and joins the product. `merged = False` takes the literal path, as does a head with a part that was replaced or has
+    a hook: then each part is called.
     """
 
     def __init__(self, config: SegformerConfig) -> None:
@@ -305,10 +235,10 @@ class SegformerDecodeHead(nn.Module):
     def forward(self, encoder_hidden_states: Sequence[Tensor]) -> Tensor:
         """Four (B, C, H, W) maps -> logits (B, K, H/4, W/4)."""
         maps = encoder_hidden_states
-        if not self.merged:
+        if not (self.merged and self._as_built()):
             return self._classify(self.batch_norm(self._fuse_literal(maps)))
         weights, bias = self._merge(maps[0].device.type)
-        learning = torch.is_grad_enabled() or self.training
+        learning = torch.is_grad_enabled() or self.batch_norm.training or self.dropout.training
         if maps[0].device.type == "cpu" and not learning and not torch.compiler.is_compiling():
             return self._decode_bands(maps, weights, bias)
         fused = F.linear(maps[0].permute(0, 2, 3, 1), weights[0], bias).permute(0, 3, 1, 2)
@@ -316,6 +246,20 @@ class SegformerDecodeHead(nn.Module):
             # a resized map is nobody else's: added in place
             fused = _resize(F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2), maps[0]).add_(fused)
         return self._classify(self.batch_norm(fused) if self.batch_norm.training else fused)
+
+    def _as_built(self) -> bool:
+        """Whether every part is of the class it was built from and nobody watches it."""
+        projections = [(projection, (nn.Linear,)) for projection in self.linear_projections]
+        parts = [
+            *projections,
+            (self.linear_fuse, (nn.Conv2d,)),
+            (self.batch_norm, (nn.BatchNorm2d, nn.SyncBatchNorm)),
+            (self.dropout, tuple(CLASSIFIER_DROPOUT.values())),
+            (self.classifier, (nn.Conv2d,)),
+        ]
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        untouched = all(type(m) in kinds and not any(getattr(m, hook) for hook in hooks) for m, kinds in parts)
+        return untouched and self.classifier.kernel_size == (1, 1) and self.batch_norm.running_mean is not None
 
     def _merge(self, device: str) -> tuple[list[Tensor], Tensor]:
         """A (D, C) projection for each stage and their common bias (D,), BatchNorm included in eval mode."""
@@ -391,7 +335,7 @@ class SegformerForSemanticSegmentation(SegformerPreTrainedModel):
         if labels is not None:
             score = pixel_cross_entropy if self.config.num_labels > 1 else binary_pixel_cross_entropy
             loss = score(logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
-        output = SemanticSegmenterOutput(loss, logits, maps if with_states else None, attentions)
+        output = SemanticSegmenterOutput(loss, logits, self._states(maps) if with_states else None, attentions)
         return self._returned(output, return_dict)
 
 
@@ -421,7 +365,7 @@ class SegformerForImageClassification(SegformerPreTrainedModel):
         maps, attentions = self.segformer.features(pixel_values, with_attentions)
         logits = self.classifier(maps[-1].flatten(2).mean(dim=2))
         loss = None if labels is None else _classification_loss(logits, labels, self.config)
-        output = ImageClassifierOutput(loss, logits, maps if with_states else None, attentions)
+        output = ImageClassifierOutput(loss, logits, self._states(maps) if with_states else None, attentions)
         return self._returned(output, return_dict)
 
 

@@ -16,6 +16,7 @@ LEVELS = (
     {"config", "metrics", "optim", "losses"},
     {"namings"},
     {"checkpoints"},
+    {"base"},
     {"model"},
     {
         "inference",
