@@ -33,12 +33,12 @@ def _convert(source: str, target: Path, to: str, allow_pickle: bool) -> None:
 
     _require_new(target, to)
     checkpoint = read(source, allow_pickle)
-    model = _model(checkpoint)
+    model, processor = _model(checkpoint), _processor(checkpoint)
     print(f"found {checkpoint.tensors} tensors in the names of {NAMINGS[checkpoint.naming]}: {_describe(model)}")
     print(*checkpoint.notes, sep="\n", end="\n" if checkpoint.notes else "")
     if to == "hf":
         model.save_pretrained(target)
-        _processor(Path(source)).save_pretrained(target)
+        processor.save_pretrained(target)
         files = ", ".join(sorted(path.name for path in target.iterdir()))
         print(f"wrote {target}: {files}; {len(to_disk(model.state_dict()))} tensors")
     else:
@@ -46,17 +46,16 @@ def _convert(source: str, target: Path, to: str, allow_pickle: bool) -> None:
         print(*notes, f"wrote {target}: {count} tensors", sep="\n")
 
 
-def _processor(source: Path) -> "SegformerImageProcessor":
+def _processor(checkpoint: "Checkpoint") -> "SegformerImageProcessor":
     """The settings beside the weights; of a training checkpoint its crop's size, and the usual ones otherwise."""
-    from segformer.checkpoints import training_config
     from segformer.files import locate
     from segformer.processor import FILE, SegformerImageProcessor
 
-    folder = source if source.exists() else locate(source, [FILE])
+    source = Path(checkpoint.source)
+    folder = source.parent if source.is_file() else locate(source, [FILE])
     if (folder / FILE).is_file():
         return SegformerImageProcessor.from_pretrained(folder)
-    data = training_config(source, needed=False).get("data", {})
-    return SegformerImageProcessor(size=data.get("crop_size"))
+    return SegformerImageProcessor(size=checkpoint.training.get("data", {}).get("crop_size"))
 
 
 def _require_new(target: Path, to: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from segformer.checkpoints import Pretrained
+from segformer.config import SegformerConfig
 from segformer.errors import UserError, nearest
 from segformer.outputs import ModelOutput
 
@@ -54,7 +55,7 @@ class SegformerPreTrainedModel(Pretrained):
     def _set_gradient_checkpointing(self, enabled: bool) -> None:
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = enabled
+                setattr(module, "gradient_checkpointing", enabled)  # noqa: B010 (an attribute of stages alone)
 
     def freeze(self, *parts: str) -> Self:
         """Stops parts from learning: no gradients, and eval mode (no dropout, fixed BatchNorm) in training too.

@@ -27,6 +27,7 @@ from segformer.namings import (
     has_mmseg_head,
     infer_config,
     misshapen,
+    recognise,
     to_ours,
     under,
     unwrap,
@@ -41,11 +42,17 @@ WEIGHTS_LICENSE = (
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "tf_model.h5")  # in a folder or hub repository; the first counts
 # keywords of transformers' from_pretrained beside those in the signature: what the download is given, what changes
 # nothing here, and what is refused unless it is off. All others are fields of the configuration.
-_HUB = ("cache_dir", "local_files_only", "revision", "token")
-_IGNORED = ("low_cpu_mem_usage", "trust_remote_code", "use_safetensors")
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_IGNORED = ("attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors")
 _REFUSED = {
     "device_map": "call .to(device) on the model",
     "output_loading_info": "loading is strict, warnings say the rest",
+    "subfolder": "pass the folder itself",
+    "variant": "pass the file itself",
+    "quantization_config": "weights are loaded as they are",
+    "load_in_8bit": "weights are loaded as they are",
+    "load_in_4bit": "weights are loaded as they are",
+    "gguf_file": "convert it to safetensors first",
 }
 
 
@@ -63,7 +70,7 @@ class Pretrained(nn.Module):
         cls: type[Model],
         source: str | os.PathLike[str],
         *,
-        config: SegformerConfig | None = None,
+        config: SegformerConfig | str | os.PathLike[str] | None = None,
         ignore_mismatched_sizes: bool = False,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
@@ -91,8 +98,14 @@ class Pretrained(nn.Module):
                 raise UserError(f"from_pretrained does not take {key}: {instead}")
         checkpoint = read(source, allow_pickle or not weights_only, hub)
         if config is not None:
-            checkpoint.config = config.to_dict()
+            given = config if isinstance(config, SegformerConfig) else SegformerConfig.from_pretrained(config)
+            checkpoint.config = given.to_dict()
         return cls.from_checkpoint(checkpoint, ignore_mismatched_sizes, dtype or torch_dtype, **overrides)
+
+    @classmethod
+    def from_config(cls: type[Model], config: SegformerConfig) -> Model:
+        """A model with fresh weights."""
+        return cls(config)
 
     @classmethod
     def from_checkpoint(
@@ -112,23 +125,37 @@ class Pretrained(nn.Module):
             model.config.reshape_last_stage = True
         return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; names of the other libraries are understood too."""
+        if state_dict.keys() - self.state_dict().keys() and recognise(state_dict) not in (None, "ours"):
+            whole = hasattr(self, "segformer")
+            ours = to_ours(state_dict)[0]
+            state_dict = ours if whole else {name.removeprefix("segformer."): ours[name] for name in ours}
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], safe_serialization: bool = True) -> None:
         """Writes `config.json` and `model.safetensors` under Hugging Face's names; transformers loads the folder.
 
         Weights that came under a licence of their own take a `NOTICE` along.
         """
         from safetensors.torch import save
 
+        if not safe_serialization:
+            raise UserError("safe_serialization is False, expected True: weights are written as safetensors only")
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {**self.config.to_dict(), "architectures": [type(self).__name__]}
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")  # what transformers loads the weights as
+        values = {**self.config.to_dict(), "architectures": [type(self).__name__], "dtype": dtype}
+        values.pop("torch_dtype", None)  # its former name, of the file these weights came from
         write_json(folder / "config.json", values)
         # metadata: transformers refuses files that do not say which framework wrote them
         tensors = save(to_disk(self.state_dict()), metadata={"format": "pt"})
         write_atomically(folder / "model.safetensors", lambda file: file.write(tensors))
-        notice = getattr(self.config, "weights_license", None)
-        if notice:
-            write_atomically(folder / "NOTICE", lambda file: file.write(f"{notice}\n".encode()))
+        notice, path = getattr(self.config, "weights_license", None), folder / "NOTICE"
+        present = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if notice and notice not in present:
+            write_atomically(path, lambda file: file.write(f"{present}{notice}\n".encode()))
 
 
 @dataclass
@@ -141,6 +168,7 @@ class Checkpoint:
     tensors: int  # how many there were
     notes: list[str]  # what was dropped, a sentence each
     config: dict[str, Any] | None  # the content of config.json, where it fits
+    training: Mapping[str, Any]  # the configuration of the run of ours that wrote it
     classes: Sequence[str] | None  # names that came without a configuration
     license: str | None
 
@@ -181,7 +209,9 @@ def read(
     classes = meta.get("CLASSES")
     classes = classes if isinstance(classes, list | tuple) else None
     license = _license(str(source), naming, (values or {}, meta))
-    return Checkpoint(str(source), weights, naming, len(tensors), [*aside, *dropped], values, classes, license)
+    training = content["hyper_parameters"]["config"] if _trained(content) else {}
+    notes = [*aside, *dropped]
+    return Checkpoint(str(source), weights, naming, len(tensors), notes, values, training, classes, license)
 
 
 def start_from(model: Pretrained, source: str | os.PathLike[str]) -> str:
@@ -290,7 +320,9 @@ def _weights_of(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
         file = locate(source, ("config.json", name), hub) / name
         if file.is_file():
             return file
-    raise UserError(f"no weights in {source}: expected {', '.join(_WEIGHTS)} beside config.json")
+    shards = Path(source) / "model.safetensors.index.json"
+    why = ", and shards are not read: save it in one file" if shards.is_file() else " beside config.json"
+    raise UserError(f"no weights in {source}: expected {', '.join(_WEIGHTS)}{why}")
 
 
 def _content(path: Path, allow_pickle: bool) -> Any:
@@ -312,18 +344,31 @@ def _unpickle(path: Path, allow_pickle: bool = False) -> Any:
     except Exception as error:  # torch raises a dozen types here: truncated zip, foreign pickle, not a zip at all
         if not isinstance(error, pickle.UnpicklingError):
             raise UserError(f"cannot read checkpoint {path}: {reason(error)}") from error
+        what = re.search(r"GLOBAL (\S+) was not", str(error))
+        if what is None:
+            raise UserError(f"cannot read checkpoint {path}: {_looks_like(path)}; download or save it again") from error
         if not allow_pickle:
-            what = re.search(r"GLOBAL (\S+) was not", str(error))
             raise UserError(
-                f"cannot read checkpoint {path} safely: it holds {what[1] if what else 'more than tensors'}, and such "
-                "a file can run any code; if you trust its origin, pass allow_pickle=True to from_pretrained or "
-                "--allow-pickle to `python -m segformer convert`"
+                f"cannot read checkpoint {path} safely: it holds {what[1]}, and such a file can run any code; if you "
+                "trust its origin, pass allow_pickle=True to from_pretrained or --allow-pickle to "
+                "`python -m segformer convert`"
             ) from error
     warnings.warn(f"allow_pickle: whatever code {path} holds RUNS NOW with your rights", stacklevel=2)
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # of whatever the file's own code does
         raise UserError(f"cannot read checkpoint {path}: {reason(error)}") from error
+
+
+def _looks_like(path: Path) -> str:
+    """What a file that is no pickle seems to be."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(b"version https://"):
+        return "it is a pointer of git-lfs, not the weights"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page, not the weights"
+    return "it is a safetensors file: name it so" if start[8:9] == b"{" else "it is no checkpoint, or a damaged one"
 
 
 def _read_h5(path: Path) -> Weights:
@@ -349,7 +394,9 @@ def _read_h5(path: Path) -> Weights:
 def _trained(content: Any) -> dict[str, Any] | None:
     """The network's configuration in a training checkpoint of ours."""
     found = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    return found["model"] if isinstance(found, Mapping) and {"model", "config"} <= found.keys() else None
+    if isinstance(found, Mapping) and all(isinstance(found.get(key), Mapping) for key in ("model", "config")):
+        return found["model"]
+    return None
 
 
 def _license(source: str, naming: str, stored: Sequence[Mapping[str, Any]]) -> str | None:
@@ -357,7 +404,8 @@ def _license(source: str, naming: str, stored: Sequence[Mapping[str, Any]]) -> s
     for values in stored:
         if "weights_license" in values:
             return values["weights_license"]
-    if not source.startswith("nvidia/") and naming != "nvlabs":
+    published = any(part == "nvidia" or part.startswith("models--nvidia--") for part in Path(source).parts)
+    if not published and naming != "nvlabs":
         return None
     if process() == 0:
         print(f"{source}: {WEIGHTS_LICENSE}", file=sys.stderr)

@@ -39,11 +39,14 @@ def absolute(source: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None where there is no file."""
+    """The object in a JSON file; None where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:  # not JSON, not UTF-8
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected an object of settings")
+    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -110,10 +110,14 @@ def unwrap(content: Any) -> tuple[Weights, list[str]]:
     if not isinstance(content, Mapping):
         raise UserError(f"found a {type(content).__name__} instead of a dict of tensors")
     weights = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if not weights:
+        keys = ", ".join(repr(key) for key in list(content)[:5])
+        raise UserError(f"no tensors under {', '.join(WRAPPERS)}; found the keys {keys or 'none'}: save the state dict")
     stripped = _strip(weights)
     if stripped is None:
-        first = f", first {min(weights)!r}" if weights else ""
-        raise UserError(f"{len(weights)} tensors{first}: not the names of a SegFormer in any library known here")
+        raise UserError(
+            f"{len(weights)} tensors, first {min(weights)!r}: not the names of a SegFormer in any library known here"
+        )
     count = len(weights) - len(stripped)
     return stripped, [f"left aside {count} tensor(s) beside the network's"] if count else []
 
@@ -247,7 +251,7 @@ def common_dtype(wanted: str | torch.dtype | None, weights: Weights) -> torch.dt
         kinds = [tensor.dtype for tensor in weights.values() if tensor.is_floating_point()]
         return reduce(torch.promote_types, kinds)
     found = torch.float32 if wanted is None else getattr(torch, str(wanted).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"dtype is {wanted!r}, expected 'auto' or a type of torch such as 'float16'")
     return found
 

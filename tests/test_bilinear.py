@@ -113,3 +113,15 @@ def test_large_maps_agree_with_the_naive_way_in_float32() -> None:
     for order in (torch.contiguous_format, torch.channels_last):
         found = upsample_argmax(logits.contiguous(memory_format=order), 512, 512)
         assert agreement(found, naive(logits, (512, 512))) > 0.99999
+
+
+@pytest.mark.parametrize("low", [(16, 16), (128, 128)])  # dense and pruned
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_classes_that_are_ruled_out_win_nowhere(low, value) -> None:
+    logits = smooth(150, *low).float()
+    high = (4 * low[0], 4 * low[1])
+    expected = naive(logits[:, :100], high)
+    logits[:, 100:] = value
+    assert agreement(upsample_argmax(logits, *high), expected) > 0.9999
+    logits[:, 0, :4, :4] = torch.inf
+    assert (upsample_argmax(logits, *high)[0, :12, :12] == 0).all()

@@ -382,3 +382,84 @@ def test_a_failing_write_leaves_the_previous_file_as_it_was(tmp_path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, half)
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs"),
+        (b"<!doctype html><html>", "a web page"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "a safetensors file: name it so"),
+        (b"nothing of that kind", "no checkpoint, or a damaged one"),
+    ],
+)
+def test_a_broken_download_is_no_reason_to_allow_pickle(start, message, tmp_path) -> None:
+    (tmp_path / "b0.pth").write_bytes(start)
+    with pytest.raises(UserError, match=message) as told:
+        read(tmp_path / "b0.pth")
+    assert "allow_pickle" not in str(told.value)
+
+
+def test_the_type_of_the_weights_is_written_beside_them(tiny, tmp_path) -> None:
+    tiny.config.torch_dtype = "float16"
+    tiny.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    SegformerForSemanticSegmentation.from_pretrained(tmp_path).half().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["dtype"] == "float16" and "torch_dtype" not in stored
+    with pytest.raises(UserError, match="dtype is 'int8', expected"):
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path, dtype="int8")
+    with pytest.raises(UserError, match="safe_serialization is False"):
+        tiny.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_a_notice_of_ones_own_is_kept(tiny, tmp_path) -> None:
+    (tmp_path / "NOTICE").write_text("mine\n")
+    tiny.config.weights_license = "theirs"
+    for _ in range(2):
+        tiny.save_pretrained(tmp_path)
+    assert (tmp_path / "NOTICE").read_text() == "mine\ntheirs\n"
+
+
+@pytest.mark.parametrize("parts", [("nvidia", "mit-b0"), ("models--nvidia--mit-b0", "snapshots", "abc")])
+def test_downloaded_folders_of_nvidia_are_known_by_their_path(parts, tiny, tmp_path, capsys) -> None:
+    folder = tmp_path.joinpath(*parts)
+    tiny.save_pretrained(folder)
+    assert read(folder).license == WEIGHTS_LICENSE and "NVIDIA" in capsys.readouterr().err
+
+
+def test_keywords_that_would_load_something_else_are_refused(tiny, tmp_path) -> None:
+    tiny.save_pretrained(tmp_path)
+    for key, value in (
+        ("subfolder", "sub"),
+        ("load_in_8bit", True),
+        ("variant", "fp16"),
+        ("quantization_config", {1: 2}),
+    ):
+        with pytest.raises(UserError, match=f"does not take {key}"):
+            SegformerForSemanticSegmentation.from_pretrained(tmp_path, **{key: value})
+    loaded = SegformerForSemanticSegmentation.from_pretrained(
+        tmp_path, attn_implementation="eager", force_download=False
+    )
+    assert not hasattr(loaded.config, "attn_implementation")
+    again = SegformerForSemanticSegmentation.from_pretrained(tmp_path, config=str(tmp_path))
+    assert again.config == loaded.config
+
+
+def test_what_is_no_description_of_a_model_is_one_sentence(tiny, tmp_path) -> None:
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="config.json holds a list, expected an object"):
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="shards are not read"):
+        read(tmp_path)
+    torch.save({"teacher": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "ema.pt")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="found the keys 'teacher', 'epoch'"):
+        read(tmp_path / "ema.pt")
+    foreign = {"state_dict": tiny.state_dict(), "hyper_parameters": {"model": "b0", "config": {"lr": 1}}}
+    torch.save(foreign, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match="no published variant's"):  # TINY's sizes
+        SegformerForSemanticSegmentation.from_pretrained(tmp_path / "foreign.ckpt")

@@ -27,6 +27,20 @@ def test_a_config_file_is_read_and_written_as_transformers_does(tmp_path) -> Non
         SegformerConfig.from_pretrained(tmp_path / "back" / "..", num_labels=3).from_pretrained(tmp_path.parent)
 
 
+def test_a_count_that_is_the_stored_one_keeps_the_names() -> None:
+    stored = SegformerConfig(id2label={0: "cat", 1: "dog"}).to_dict()
+    assert SegformerConfig.from_dict(stored, num_labels=2).id2label == {0: "cat", 1: "dog"}
+    assert SegformerConfig.from_dict(stored, num_labels=3).id2label[2] == "LABEL_2"
+
+
+def test_the_plain_values_are_a_copy() -> None:
+    config = SegformerConfig()
+    config.to_dict()["depths"][0] = 99
+    assert config.depths == [2, 2, 2, 2] and SegformerConfig(**config.to_dict()) == config
+    config.update({"drop_path_rate": 0.3})
+    assert config.drop_path_rate == 0.3 and config.use_return_dict
+
+
 def test_new_classes_replace_both_of_the_stored_tables() -> None:
     stored = SegformerConfig(id2label={0: "road", 1: "car"}).to_dict()
     changed = SegformerConfig.from_dict(stored, id2label={0: "cat", 1: "dog", 2: "cow"})
@@ -68,6 +82,9 @@ def test_variants_are_the_published_sizes() -> None:
         (lambda: SegformerConfig(depths=[1, 2]), "depths is \\[1, 2\\], expected 4 values"),
         (lambda: SegformerConfig(hidden_sizes=[32, 64, 161, 256]), "161 is not a multiple of its 5"),
         (lambda: SegformerConfig(num_labels=2, id2label={0: "a"}), "num_labels is 2 but id2label names 1"),
+        (lambda: SegformerConfig(id2label={1: "a", 2: "b"}), "id2label has the ids .1, 2., expected 0 to 1"),
+        (lambda: SegformerConfig.from_dict({"depths": None}), "config.json does not describe a SegFormer"),
+        (lambda: SegformerConfig.from_dict({"id2label": {"a": "b"}}), "config.json does not describe a SegFormer"),
         (lambda: SegformerConfig.from_dict({"model_type": "beit"}), "describes a 'beit' model"),
     ],
 )

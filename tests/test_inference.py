@@ -24,6 +24,7 @@ def agreement(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_whole_image_at_its_own_size(tiny, images) -> None:
     found = segment(tiny, images)
     assert agreement(found, naive(tiny(normalize(images)).logits, (70, 100))) > 0.9999
+    assert len(found.unique()) >= 3  # there is something to agree on
 
 
 def test_short_side_then_alignment_then_back_to_the_original_size(tiny, images) -> None:
@@ -73,6 +74,13 @@ def test_the_model_keeps_its_mode_and_takes_no_gradient(tiny, images) -> None:
     labels = segment(tiny, images)
     assert tiny.training and not labels.requires_grad
     assert torch.equal(labels, segment(tiny.eval(), images))  # inference ran in eval mode both times
+
+
+def test_parts_that_a_caller_keeps_in_eval_mode_stay_there(tiny, images) -> None:
+    tiny.train()
+    tiny.decode_head.batch_norm.eval()
+    segment(tiny, images)
+    assert tiny.training and tiny.decode_head.training and not tiny.decode_head.batch_norm.training
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def test_one_class_is_scored_against_zero_and_one_over_all_pixels() -> None:
         ((1, 3, 8, 8), (1, 32, 32), {"denominator": "some"}, "expected 'valid' or 'all'"),
         ((1, 3, 8, 8), (1, 32, 32), {"class_weights": [1, 2]}, "class_weights are .1, 2., expected 3 factors"),
         ((1, 3, 8, 8), (1, 32, 32), {"class_weights": [1, 2, -1]}, "expected 3 factors of at least 0"),
+        ((1, 3, 8, 8), (1, 32, 32), {"class_weights": torch.tensor([1.0, 2, -1])}, "expected 3 factors of at least 0"),
+        ((1, 3, 8, 8), (1, 32, 32), {"class_weights": torch.ones(4)}, "expected 3 factors"),
         ((1, 3, 8, 8), (1, 32, 32), {"label_smoothing": 1.5}, "label_smoothing is 1.5, expected 0 to 1"),
     ],
 )

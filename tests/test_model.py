@@ -292,3 +292,57 @@ def test_the_forward_pass_of_b2_takes_at_most_50_gflop() -> None:
             model(torch.empty(1, 3, 512, 512))
     assert merged.get_total_flops() <= 50e9
     assert literal.get_total_flops() == pytest.approx(124.7e9, rel=0.001)
+
+
+def test_parts_of_the_head_that_were_replaced_watched_or_set_to_train_are_called(tiny) -> None:
+    """The merged and banded ways read weights without calling modules: they are for a head as it was built."""
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        plain = tiny(pixels).logits
+        seen = []
+        handles = [
+            module.register_forward_hook(lambda module, inputs, out: seen.append(type(module).__name__))
+            for module in tiny.decode_head.modules()
+            if module is not tiny.decode_head and not list(module.children())
+        ]
+        torch.testing.assert_close(tiny(pixels).logits, plain, rtol=1e-4, atol=1e-5)
+        assert sorted(seen) == ["BatchNorm2d", "Conv2d", "Conv2d", "Dropout", *["Linear"] * 4]
+        for handle in handles:
+            handle.remove()
+
+        tiny.decode_head.dropout.train()  # Monte Carlo dropout
+        assert not torch.equal(tiny(pixels).logits, tiny(pixels).logits)
+        tiny.decode_head.dropout.eval()
+        before = tiny.decode_head.batch_norm.running_mean.clone()
+        tiny.decode_head.batch_norm.train()  # adaptation at test time
+        adapted = tiny(pixels).logits
+        assert (adapted - plain).abs().max() > 0.01
+        assert not torch.equal(before, tiny.decode_head.batch_norm.running_mean)
+        tiny.decode_head.batch_norm.eval()
+        tiny.decode_head.classifier = torch.nn.Sequential(torch.nn.Conv2d(24, 2, 3, padding=1), torch.nn.Sigmoid())
+        assert tiny(pixels).logits.shape == (2, 2, 16, 16)
+        tiny.decode_head.batch_norm = torch.nn.GroupNorm(4, 24)
+        assert not torch.equal(tiny(pixels).logits, adapted[:, :2])
+
+
+def test_pruned_projections_train(tiny) -> None:
+    torch.nn.utils.prune.l1_unstructured(tiny.decode_head.linear_fuse, "weight", 0.5)
+    for _ in range(2):
+        tiny.train()(torch.randn(2, 3, 64, 64), labels=torch.zeros(2, 64, 64, dtype=torch.long)).loss.backward()
+
+
+def test_parts_that_were_thawed_learn_again() -> None:
+    model = SegformerForSemanticSegmentation(SegformerConfig(**TINY)).freeze("encoder").train()
+    assert not model.segformer.stages[0].training
+    model.requires_grad_(True)
+    assert model.train().segformer.stages[0].training
+    encoder = SegformerModel(SegformerConfig(**TINY)).freeze("encoder")
+    assert encoder.num_parameters(only_trainable=True) == 0 and not encoder.train().stages[0].training
+
+
+def test_common_names_of_the_peer_are_there() -> None:
+    model = SegformerForSemanticSegmentation.from_config(SegformerConfig(**TINY, num_labels=7))
+    assert (
+        model.num_labels == 7 and model.base_model is model.segformer and model.segformer.base_model is model.segformer
+    )
+    assert model.device == torch.device("cpu") and model.half().dtype == torch.float16

@@ -225,7 +225,7 @@ def test_what_lies_beside_the_network_is_left_aside_and_said(tiny) -> None:
 
 def test_a_prefix_stays_where_nothing_is_known_behind_it(tiny) -> None:
     for content in ({"model.layer1.weight": torch.ones(1)}, {}, {"classifier.weight": torch.ones(2, 2)}):
-        with pytest.raises(UserError, match="not the names of a SegFormer"):
+        with pytest.raises(UserError, match="not the names of a SegFormer|no tensors under"):
             unwrap(content)
     with pytest.raises(UserError, match="found a list"):
         unwrap([1])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from segformer.checkpoints import to_disk
 from segformer.config import VARIANTS
-from segformer.model import SegformerForImageClassification, SegformerForSemanticSegmentation
+from segformer.model import SegformerForImageClassification, SegformerForSemanticSegmentation, SegformerModel
 from tests.conftest import TINY, randomize
 
 transformers = pytest.importorskip("transformers")
@@ -153,11 +153,44 @@ def test_image_classification_is_transformers(classes: int, problem_type: str | 
     torch.testing.assert_close(again(pixels).logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "field", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob", "drop_path_rate"]
+)
+def test_what_is_dropped_entirely_is_dropped_where_transformers_drops_it(field: str, tmp_path: Path) -> None:
+    """With a probability of one, dropout is no longer random."""
+    fields = {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | {field: 1.0}
+    if field == "drop_path_rate":
+        fields |= {field: 0.0}
+    theirs, ours = both(tmp_path, **TINY, num_labels=5, **fields)
+    pixels = torch.randn(2, 3, 64, 96).double()
+    untouched = ours(pixels).logits
+    expected, found = (model.train()(pixels).logits for model in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(found, untouched)
+
+
+def test_without_the_last_reshape_an_image_classifier_is_the_same(tmp_path: Path) -> None:
+    theirs = their_network("SegformerForImageClassification", **TINY, num_labels=5, reshape_last_stage=False)
+    theirs.save_pretrained(tmp_path)
+    pixels, ours = torch.randn(1, 3, 64, 96), SegformerForImageClassification.from_pretrained(tmp_path)
+    expected, found = (model(pixels, output_hidden_states=True) for model in (theirs, ours))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert [state.shape for state in found.hidden_states] == [state.shape for state in expected.hidden_states]
+
+
+def test_a_state_dict_of_transformers_in_memory_loads_directly(tmp_path: Path) -> None:
+    theirs = their_network(**TINY, num_labels=5)
+    randomize(theirs)
+    pixels = torch.randn(1, 3, 64, 64)
+    for kind, network in ((SegformerForSemanticSegmentation, theirs), (SegformerModel, theirs.segformer)):
+        ours = kind(SegformerConfig(**TINY, num_labels=5)).eval()
+        ours.load_state_dict(network.state_dict())
+        torch.testing.assert_close(ours(pixels)[0], network(pixels)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_without_the_last_reshape_the_encoder_returns_tokens(tmp_path: Path) -> None:
     theirs = their_network("SegformerModel", **TINY, reshape_last_stage=False)
     theirs.save_pretrained(tmp_path)
-    from segformer.model import SegformerModel
-
     pixels = torch.randn(1, 3, 64, 96)
     expected, found = (
         model(pixels, output_hidden_states=True) for model in (theirs, SegformerModel.from_pretrained(tmp_path))
