@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from segformer.bilinear import BAND_NUMBERS
@@ -326,7 +327,7 @@ def test_parts_of_the_head_that_were_replaced_watched_or_set_to_train_are_called
 
 
 def test_pruned_projections_train(tiny) -> None:
-    torch.nn.utils.prune.l1_unstructured(tiny.decode_head.linear_fuse, "weight", 0.5)
+    prune.l1_unstructured(tiny.decode_head.linear_fuse, "weight", 0.5)
     for _ in range(2):
         tiny.train()(torch.randn(2, 3, 64, 64), labels=torch.zeros(2, 64, 64, dtype=torch.long)).loss.backward()
 
