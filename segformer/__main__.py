@@ -59,8 +59,14 @@ def _processor(checkpoint: "Checkpoint") -> "SegformerImageProcessor":
 
 
 def _require_new(target: Path, to: str) -> None:
+    from segformer.files import WEIGHTS
+
     if to == "nvlabs" and target.suffix != ".pth":
         raise UserError(f"{target} is no name for NVlabs' weights, expected one that ends in .pth")
+    if to == "hf" and target.suffix in WEIGHTS:
+        raise UserError(
+            f"{target} is the name of a file, and Hugging Face's form is a folder: name one, or add --to nvlabs"
+        )
     if target.exists() and (to == "nvlabs" or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: give a new name, nothing is overwritten")
 

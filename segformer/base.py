@@ -69,7 +69,7 @@ class SegformerPreTrainedModel(Pretrained):
             name = encoder if part == "encoder" else part
             if name not in names or (not name and part != "encoder"):
                 raise UserError(
-                    f"cannot freeze {part!r}{nearest(part, names)}: give 'encoder' or a name of named_modules(), here "
+                    f"cannot freeze {part!r}{nearest(part, [*names, 'encoder'])}: give 'encoder' or a name of named_modules(), here "
                     f"{', '.join(name for name, _ in self.named_children())} and what is inside them"
                 )
             names[name].requires_grad_(False)
