@@ -65,7 +65,7 @@ def _require_new(target: Path, to: str) -> None:
         raise UserError(f"{target} is no name for NVlabs' weights, expected one that ends in .pth")
     if to == "hf" and target.suffix in WEIGHTS:
         raise UserError(
-            f"{target} is the name of a file, and Hugging Face's form is a folder: name one, or add --to nvlabs"
+            f"{target} is named like a file, but Hugging Face's form is a folder: name one, or add --to nvlabs"
         )
     if target.exists() and (to == "nvlabs" or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: give a new name, nothing is overwritten")

@@ -68,9 +68,11 @@ class SegformerPreTrainedModel(Pretrained):
         for part in parts:
             name = encoder if part == "encoder" else part
             if name not in names or (not name and part != "encoder"):
+                near = nearest(part, ["encoder", *names])
+                inside = ", ".join(child for child, _ in self.named_children())
                 raise UserError(
-                    f"cannot freeze {part!r}{nearest(part, [*names, 'encoder'])}: give 'encoder' or a name of named_modules(), here "
-                    f"{', '.join(name for name, _ in self.named_children())} and what is inside them"
+                    f"cannot freeze {part!r}{near}: give 'encoder' or a name of named_modules(), here {inside} and what "
+                    "is inside them"
                 )
             names[name].requires_grad_(False)
             self.frozen += (name,)

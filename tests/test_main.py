@@ -110,7 +110,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys) -> None:
     taken = tmp_path / "taken.pth"
     taken.write_text("mine")
     assert "is there already" in told(capsys, folder, taken, "--to", "nvlabs")
-    assert "is there already" in told(capsys, folder, taken)
+    assert "is named like a file" in told(capsys, folder, taken)
     assert "is there already" in told(capsys, folder, tmp_path)
     assert "expected one that ends in .pth" in told(capsys, folder, tmp_path / "new", "--to", "nvlabs")
     assert taken.read_text() == "mine" and list(tmp_path.iterdir()) == [taken]
@@ -135,4 +135,5 @@ def test_what_cannot_be_converted_is_one_sentence(folder, tmp_path, capsys) -> N
     assert "mmsegmentation's decode head" in told(capsys, tmp_path / "mmseg.pth", tmp_path / "out")
     save_file({"fc.weight": torch.zeros(1)}, tmp_path / "resnet.safetensors")
     assert "not the names of a SegFormer" in told(capsys, tmp_path / "resnet.safetensors", tmp_path / "out")
+    assert "name one, or add --to nvlabs" in told(capsys, folder, tmp_path / "b0.pth")
     assert not (tmp_path / "out").exists()
