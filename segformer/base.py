@@ -71,7 +71,7 @@ class SegformerPreTrainedModel(Pretrained):
                 near = nearest(part, ["encoder", *names])
                 inside = ", ".join(child for child, _ in self.named_children())
                 raise UserError(
-                    f"cannot freeze {part!r}{near}: give 'encoder' or a name of named_modules(), here {inside} and what "
+                    f"cannot freeze {part!r}{near}: give 'encoder' or a name of named_modules(): {inside}, or what "
                     "is inside them"
                 )
             names[name].requires_grad_(False)
