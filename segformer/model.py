@@ -215,7 +215,7 @@ class SegformerDecodeHead(nn.Module):
 
     Everything between the projections and BatchNorm is linear and bilinear weights sum to one, so the fuse convolution
     commutes with the resize: each stage's slice of it is multiplied into that stage's projection (a product of weights,
-    differentiable) and applied at the stage's own resolution. Same parameters, same function and gradient, 27 to 60 %
+    differentiable) and applied at the stage's own resolution. Same parameters, same function and gradient, 27 to 61 %
     fewer operations for the whole model and no (B, 4D, H/4, W/4) tensor. BatchNorm in eval mode is a scale and a shift,
     and joins the product. `merged = False` takes the literal path, as does a head with a part that was replaced or has
     a hook: then each part is called.
@@ -236,7 +236,7 @@ class SegformerDecodeHead(nn.Module):
         """Four (B, C, H, W) maps -> logits (B, K, H/4, W/4)."""
         maps = encoder_hidden_states
         if not (self.merged and self._as_built()):
-            return self._classify(self.batch_norm(self._fuse_literal(maps)))
+            return self.classifier(self.dropout(F.relu(self.batch_norm(self._fuse_literal(maps)))))
         weights, bias = self._merge(maps[0].device.type)
         learning = torch.is_grad_enabled() or self.batch_norm.training or self.dropout.training
         if maps[0].device.type == "cpu" and not learning and not torch.compiler.is_compiling():
@@ -245,7 +245,8 @@ class SegformerDecodeHead(nn.Module):
         for x, weight in zip(maps[1:], weights[1:], strict=True):
             # a resized map is nobody else's: added in place
             fused = _resize(F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2), maps[0]).add_(fused)
-        return self._classify(self.batch_norm(fused) if self.batch_norm.training else fused)
+        normed = self.batch_norm(fused) if self.batch_norm.training else fused
+        return self.classifier(self.dropout(F.relu(normed, inplace=True)))
 
     def _as_built(self) -> bool:
         """Whether every part is of the class it was built from and nobody watches it."""
@@ -295,9 +296,6 @@ class SegformerDecodeHead(nn.Module):
                     band += upsample_band(x[image, source], matrix[out, source], width)
                 logits.append(F.linear(band.relu_(), classifier.weight[:, :, 0, 0], classifier.bias))
         return torch.cat(logits).view(batch, height, width, -1).permute(0, 3, 1, 2)
-
-    def _classify(self, normed: Tensor) -> Tensor:
-        return self.classifier(self.dropout(F.relu(normed, inplace=True)))
 
     def _fuse_literal(self, maps: Sequence[Tensor]) -> Tensor:
         projected = [

@@ -302,12 +302,13 @@ def test_parts_of_the_head_that_were_replaced_watched_or_set_to_train_are_called
         plain = tiny(pixels).logits
         seen = []
         handles = [
-            module.register_forward_hook(lambda module, inputs, out: seen.append(type(module).__name__))
+            module.register_forward_hook(lambda module, inputs, out: seen.append((type(module).__name__, out)))
             for module in tiny.decode_head.modules()
             if module is not tiny.decode_head and not list(module.children())
         ]
         torch.testing.assert_close(tiny(pixels).logits, plain, rtol=1e-4, atol=1e-5)
-        assert sorted(seen) == ["BatchNorm2d", "Conv2d", "Conv2d", "Dropout", *["Linear"] * 4]
+        assert sorted(name for name, _ in seen) == ["BatchNorm2d", "Conv2d", "Conv2d", "Dropout", *["Linear"] * 4]
+        assert dict(seen)["BatchNorm2d"].min() < 0  # what a hook kept is not changed afterwards
         for handle in handles:
             handle.remove()
 
