@@ -92,6 +92,16 @@ def ratio(base: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
 
 
+def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The columns of a comparison: both medians and the ratio."""
+    theirs, ours = seconds["transformers"], seconds["segformer"]
+    return {
+        "transformers ms": 1e3 * statistics.median(theirs),
+        "segformer ms": 1e3 * statistics.median(ours),
+        "ratio": ratio(theirs, ours),
+    }
+
+
 def peak_mib(run: Callable[[], object], device: str) -> float | None:
     """Most memory above what was held before; None where the system does not tell (Linux and CUDA do)."""
     gc.collect()

@@ -84,8 +84,9 @@ class Pretrained(nn.Module):
         keywords (`_HUB`, `_IGNORED`). Strict: every tensor of the model must be in the file with its shape. Two
         exceptions, each told in a warning: a head that is absent as a whole starts fresh, and with
         ignore_mismatched_sizes so does a classifier of other classes, and an RGB stem is adapted to other bands.
-        dtype: "float16" or so; "auto" = the file's; None = float32. allow_pickle (or weights_only=False): read files
-        that hold more than tensors, which can run any code.
+        dtype: "float16" or so; "auto" = the file's; None = float32. allow_pickle (or transformers' keyword
+        weights_only=False, which asks the same): reads files that hold more than tensors and so can run any code; off
+        unless the caller trusts the file's origin and says so.
 
         Raises:
             UserError: nothing there, another architecture, or tensors missing, left over or of another shape.
@@ -355,6 +356,8 @@ def _unpickle(path: Path, allow_pickle: bool = False) -> Any:
             ) from error
     warnings.warn(f"allow_pickle: whatever code {path} holds RUNS NOW with your rights", stacklevel=2)
     try:
+        # reached by allow_pickle alone, and only for a file that the safe reading above refused for its objects: the
+        # original's checkpoints may hold mmcv's in their meta
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # of whatever the file's own code does
         raise UserError(f"cannot read checkpoint {path}: {reason(error)}") from error

@@ -1,14 +1,13 @@
 """SegformerConfig: the fields, names and defaults of Hugging Face's, and the table of sizes B0..B5."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from segformer.errors import UserError, nearest
-from segformer.files import locate, read_json, write_json
+from segformer.files import locate, read_json, to_json, write_json
 
 # depths, hidden sizes and decoder width as published (arXiv 2105.15203)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -163,7 +162,7 @@ class SegformerConfig:
         write_json(Path(folder) / "config.json", self.to_dict())
 
     def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        return to_json(self.to_dict())
 
     def __repr__(self) -> str:
         return f"SegformerConfig {self.to_json_string()}"

@@ -49,10 +49,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
+def to_json(values: Mapping[str, Any]) -> str:
+    """Sorted and indented; what JSON cannot hold (a keyword nobody knows may be anything) as its text."""
+    return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes plain values, sorted, atomically."""
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Writes `to_json` of the values, atomically."""
+    write_atomically(path, lambda file: file.write(to_json(values).encode()))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -4,7 +4,6 @@ Keywords, defaults, numbers and `preprocessor_config.json` are those of transfor
 """
 
 import copy
-import json
 import os
 import warnings
 from collections import UserDict
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from segformer.bilinear import upsample_argmax
 from segformer.errors import UserError, nearest
-from segformer.files import locate, write_atomically
+from segformer.files import locate, read_json, to_json, write_json
 from segformer.inputs import channels_last, read_images, read_maps
 from segformer.labels import IGNORE
 from segformer.pixels import MEAN, STD
@@ -181,17 +180,12 @@ class SegformerImageProcessor:
         path = Path(source)
         if not path.is_file():
             path = locate(source, wanted=[FILE]) / FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        values = read_json(path)
+        if values is None:
             raise UserError(
                 f"no {FILE} in {source}, expected one beside the weights: write it with "
                 "SegformerImageProcessor().save_pretrained(folder)"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path} holds a {type(values).__name__}, expected the settings of an image processor")
+            )
         return cls.from_dict(values, **{name: value for name, value in overrides.items() if name not in _LOADING})
 
     @classmethod
@@ -213,12 +207,11 @@ class SegformerImageProcessor:
         """Writes `preprocessor_config.json`, which transformers loads, and returns its path in a list."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_json(path, self.to_dict())
         return [str(path)]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str)}"
+        return f"{type(self).__name__} {to_json(self.to_dict())}"
 
     def __call__(self, images: Any, segmentation_maps: Any = None, **options: Any) -> BatchFeature:
         """As `preprocess`."""

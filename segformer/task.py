@@ -67,7 +67,8 @@ class SegmentationTask(pl.LightningModule):
         super().__init__()
         self.model, self.protocol, self.max_steps, self.seed = model, protocol, max_steps, seed
         self.optim = dict(optim or {})
-        self.loss = {name: self.optim.pop(key) for key, name in LOSS.items() if key in self.optim}
+        given = {name: self.optim.pop(key) for key, name in LOSS.items() if key in self.optim}
+        self.loss: dict[str, Any] = {"denominator": "all", **given}  # the recipe's, where a configuration is silent
         self.hyper_parameters = hyper_parameters or {}
         self.confusion = Confusion(model.config.num_labels)
         self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it

@@ -582,7 +582,7 @@ def test_a_file_whose_two_names_disagree_is_told() -> None:
     [
         (None, r"no preprocessor_config.json in .*, expected one beside the weights: write it with .*save_pretrained"),
         ("{", "preprocessor_config.json is not valid JSON"),
-        ("[]", "preprocessor_config.json holds a list, expected the settings of an image processor"),
+        ("[]", "preprocessor_config.json holds a list, expected an object of settings"),
     ],
 )
 def test_a_folder_without_readable_settings_is_told(tmp_path, content, message) -> None:

@@ -115,6 +115,11 @@ def test_a_run_that_goes_on_still_says_whose_weights_it_started_from(tiny) -> No
     assert after["hyper_parameters"] == before["hyper_parameters"]
 
 
+def test_the_recipes_denominator_holds_where_a_configuration_is_silent(tiny) -> None:
+    assert SegmentationTask(tiny, Protocol()).loss == {"denominator": "all"}
+    assert SegmentationTask(tiny, Protocol(), {"loss_denominator": "valid"}).loss == {"denominator": "valid"}
+
+
 def test_class_weights_and_smoothing_of_the_configuration_reach_the_loss() -> None:
     record, weights = Record(frozen=True), [5.0, 1, 1, 1, 0.5, 1, 1, 2]
     trained(record, 1, {"class_weights": weights, "label_smoothing": 0.1}, batch_size=2, crop_size=160)
