@@ -48,7 +48,7 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     if trainer.is_global_zero:
         name = own_data or trained["choices"]["data"]
         facts = {"checkpoint": str(source), "data": name, "precision": options["precision"]}
-        facts["split_images"] = len(data.datasets["val"])
+        facts["split_images"] = data.images("val")
         folder = report.new_folder(config["output"], checkpoints.model_name(source, trained), name)
         report.write_report(folder, task.scores, data.classes.names, task.images_scored, task.protocol, facts)
     return task.scores.miou

@@ -20,25 +20,25 @@ def main(settings: DictConfig) -> float:
     launch = HydraConfig.get()
     with tidy(launch.runtime.output_dir):
         config: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=not settings.resume)
-        place = {"run": launch.runtime.output_dir, "choices": dict(launch.runtime.choices)}
-        return train(config | place, launch.overrides.task)
+        config |= {"run": launch.runtime.output_dir, "choices": dict(launch.runtime.choices)}
+        return train(config, launch.overrides.task)
 
 
 def train(config: Any, overrides: list[str]) -> float:
     from lightning.pytorch import Trainer, seed_everything  # not above: --help and a misspelt key need no torch
 
     from segformer import callbacks, resume
-    from segformer.data.datamodule import SegmentationData
+    from segformer.data import check, datamodule
     from segformer.model import build_segformer
     from segformer.task import SegmentationTask
 
     run, config, checkpoint = resume.run_folder(config, overrides)
-    seed, options = seed_everything(config["seed"], verbose=False), dict(config["trainer"])
+    seed, options, optim = seed_everything(config["seed"], verbose=False), dict(config["trainer"]), config["optim"]
     section = instantiate(config["data"], _convert_="all")  # builds a `_target_` of the user's own, if there is one
-    data = build("data", SegmentationData, section, seed=seed).opened("train", "val")
-    model, origin = build("model", build_segformer, resume.start(config, checkpoint), names=data.classes.names)
-    facts = resume.record(model, config)
-    task = SegmentationTask(model, data.protocol, config["optim"], options["max_steps"], seed, facts)
+    data = build("data", datamodule.SegmentationData, section, seed=seed).opened("train", "val")
+    check.quick(data)
+    model, origin = build("model", build_segformer, resume.start(config, checkpoint), **data.network)
+    task = SegmentationTask(model, data.protocol, optim, options["max_steps"], seed, resume.record(model, config))
     best, last = resume.BestCheckpoint(run), resume.LastCheckpoint(run, options.pop("checkpoint_interval"), config)
     loggers = [instantiate(log, _convert_="all", save_dir=run) for log in config["logger"].values()]
     own = {

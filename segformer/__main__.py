@@ -1,11 +1,16 @@
-"""python -m segformer convert runs/b0_toy/2026-11-20_12-00-00/best.ckpt my-model"""
+"""python -m segformer convert runs/b0_toy/2026-11-20_12-00-00/best.ckpt my-model
+
+python -m segformer check data=folder data.root=/data/potholes 'data.classes=[background, pothole]'
+"""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from segformer.errors import UserError, explained
+from segformer.errors import UserError, build, explained
 
 if TYPE_CHECKING:  # --help needs no torch
     from segformer.checkpoints import Checkpoint, Pretrained
@@ -13,7 +18,7 @@ if TYPE_CHECKING:  # --help needs no torch
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m segformer", description="Tools around a trained SegFormer.")
+    parser = argparse.ArgumentParser(prog="python -m segformer", description="Tools around training a SegFormer.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     convert = verbs.add_parser("convert", help="rewrite a checkpoint of any library in Hugging Face's or NVlabs' form")
     convert.add_argument("source", help="a .ckpt, .pth, .safetensors or .h5 file, a folder, or a hub id")
@@ -22,9 +27,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
     convert.add_argument(
         "--allow-pickle", action="store_true", help="read a file that holds Python objects; IT CAN RUN ANY CODE"
     )
-    options = parser.parse_args(arguments)
+    check = verbs.add_parser("check", help="look for label mistakes in a dataset, before anything is trained on it")
+    check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of train.py: data=NAME data.root=... ...")
+    check.add_argument("--full", action="store_true", help="look at all samples, not at 200 of each split")
+    check.add_argument(
+        "--show", type=int, default=8, metavar="N", help="samples of each split as pictures (default: 8)"
+    )
+    check.add_argument("--output", default="checks", metavar="DIR", help="where a new folder is made (default: checks)")
+    check.add_argument(
+        "-cd", "--config-dir", metavar="FOLDER", help="adds a folder of your own choices, as of train.py"
+    )
+    # overrides may stand between the options, which argparse gives back as what it does not know
+    options, more = parser.parse_known_args(arguments)
+    if options.verb != "check" or any(word.startswith("-") for word in more):
+        options, more = parser.parse_args(arguments), []
     with explained():
+        if options.verb == "check":
+            sys.exit(_check([*options.overrides, *more], options))
         _convert(options.source, Path(options.target), options.to, options.allow_pickle)
+
+
+def _check(overrides: Sequence[str], options: argparse.Namespace) -> int:
+    """Prints and writes what there is to tell about a dataset; 1 where there are errors."""
+    if options.show < 0:
+        raise UserError(f"--show is {options.show}, expected a number of samples of at least 0")
+    section, name = _composed(overrides, options.config_dir)
+    from segformer.data.check import check, suggest, write  # not above: a misspelt key needs no torch
+    from segformer.data.datamodule import SegmentationData
+
+    if section.get("bands", 3) != 3:  # so that what they should be can be measured
+        section |= {key: section[key] or [1.0] * section["bands"] for key in ("mean", "std")}
+    if section["classes"] is None:
+        raise suggest(build("data", SegmentationData, section | {"classes": ["class_0"]}), options.full)
+    data = build("data", SegmentationData, section)
+    report = check(data, options.full)
+    print(report.table())
+    print(write(report, data, name, options.output, options.show))
+    return int(report.failed)
+
+
+def _composed(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, Any], str]:
+    """The section `data` as train.py composes it, with classes of None where there are none yet, and data=NAME."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # as in train.py
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    configs = Path(__file__).parent.parent / "configs"
+    for folder in (configs, config_dir):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"{folder} is not a folder, expected one of configurations")
+    search = [f"hydra.searchpath=[{Path(config_dir).absolute().as_uri()}]"] if config_dir else []
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        settings = compose("train", [*overrides, *search], return_hydra_config=True)
+    if OmegaConf.is_missing(settings.data, "classes"):
+        settings.data.classes = None
+    section = OmegaConf.to_container(settings.data, resolve=True, throw_on_missing=True)
+    return instantiate(section, _convert_="all"), str(settings.hydra.runtime.choices.data)
 
 
 def _convert(source: str, target: Path, to: str, allow_pickle: bool) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 import sys
 import time
 import warnings
@@ -86,8 +87,9 @@ class Progress(ProgressBar):
 
     def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         hidden = not (self.enabled_ and self.terminal)
-        batches = int(sum(trainer.num_val_batches))
-        self.scoring = tqdm(total=batches, desc="validate", unit="image", leave=False, disable=hidden)
+        batches = sum(trainer.num_val_batches)  # infinite where a stream does not tell
+        total = int(batches) if math.isfinite(batches) else None
+        self.scoring = tqdm(total=total, desc="validate", unit="image", leave=False, disable=hidden)
         self.scored, self.line = 0, time.monotonic()
 
     def on_validation_batch_end(self, *_: Any) -> None:
@@ -95,7 +97,7 @@ class Progress(ProgressBar):
         self.scoring.update()
         if self.enabled_ and not self.terminal and time.monotonic() - self.line >= LINE_SECONDS:
             self.line = time.monotonic()
-            self.print(f"validate: {self.scored} of {self.scoring.total} images")
+            self.print(f"validate: {self.scored} of {self.scoring.total or 'streamed'} images")
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         self.scoring.close()

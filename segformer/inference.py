@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segformer.bilinear import upsample_argmax
 from segformer.errors import UserError
-from segformer.pixels import normalize, resize
+from segformer.pixels import MEAN, STD, normalize, resize
 
 # Pixels from which a CPU takes the images of a batch one after the other: their activations then stay below the size
 # (32 MB) from which the C library gives memory back at once and has every page of it faulted in again.
@@ -86,12 +86,19 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
             height, width = images.shape[-2:]
             for size in protocol.sizes(height, width):
                 images = resize(images, *size)
-            pixels = normalize(images).to(next(model.parameters()).dtype)  # half weights take half pixels
+            pixels = normalized(model, images)
             logits = _logits(model, pixels, protocol)
             return upsample_argmax(logits, height, width)
     finally:
         for module, training in modes:
             module.training = training
+
+
+def normalized(model: nn.Module, images: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) as the network takes them: by the means and deviations it was trained with, in its dtype."""
+    config = getattr(model, "config", None)
+    mean, std = getattr(config, "pixel_mean", MEAN), getattr(config, "pixel_std", STD)
+    return normalize(images, mean, std).to(next(model.parameters()).dtype)  # half weights take half pixels
 
 
 def _logits(model: nn.Module, pixels: Tensor, protocol: Protocol) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from segformer.errors import UserError
-from segformer.labels import read_mask
+from segformer.labels import one_channel, read_mask
 from segformer.pixels import MAX_PIXELS, opened, to_rgb
 
 
@@ -81,7 +81,7 @@ def _path(item: str | os.PathLike[str], what: str) -> Path:
 def _read_image(item: Any, name: str, channels: int) -> Tensor:
     """One image as it came: (H, W), (H, W, C) or (C, H, W); of files and Pillow images RGB bytes where C is 3."""
     if isinstance(item, str | os.PathLike):
-        with opened("image", _path(item, "image"), MAX_PIXELS) as picture:
+        with opened("image", _path(item, "image"), MAX_PIXELS) as (picture, _):
             return _decoded(picture, name, channels)
     if isinstance(item, Image.Image):
         return _decoded(_upright(item, name), name, channels)
@@ -154,12 +154,16 @@ def _numeric(image: Tensor, name: str, bytes_expected: bool) -> Tensor:
 
 def _read_map(item: Any, name: str) -> np.ndarray:
     if isinstance(item, str | os.PathLike):
-        return read_mask(_path(item, "segmentation map"))
+        path = _path(item, "segmentation map")
+        ids = one_channel(read_mask(path))
+        if ids is None:
+            raise UserError(f"{name}, {path}, holds RGB colours, expected one channel of whole class ids")
+        return ids
     found, mask = f"a {type(item).__name__}", item
     if isinstance(item, Image.Image):
         found = f"a {item.mode} image"
-        ids = item.mode in ("L", "P", "1", "I") or item.mode.startswith("I;16")
-        mask = np.array(_upright(item, name)) if ids else None
+        plain = item.mode in ("L", "P", "1", "I") or item.mode.startswith("I;16")
+        mask = np.array(_upright(item, name)) if plain else None
     elif isinstance(item, Tensor):
         mask = item.detach().cpu().numpy()
     if isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.size and mask.dtype.kind in "buif":

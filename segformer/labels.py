@@ -3,26 +3,29 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from segformer.errors import UserError
-from segformer.pixels import MAX_PIXELS, opened
+from segformer.pixels import MAX_PIXELS, Readable, decoded_fast, header, upright
 
 IGNORE = 255
 MAX_CLASSES = 255  # ids 0..254 fit a byte beside the ignore value
 _UNDECLARED = -1
+_SPARE = 254  # stands for undeclared where a byte has room for it
 _RAW_VALUES = 65536  # masks hold 8 or 16 bits
+_COLORS = 2**24
 
 
 @dataclass(frozen=True)
 class Classes:
     """The label contract of a dataset.
 
-    names: K class names in train-id order. colors: (K, 3) uint8 RGB. lookup: (65536,) int16 from raw mask value to
-    train id, 255 where ignored, -1 where the contract says nothing (which is an error when met in a mask).
+    names: K class names in train-id order. colors: (K, 3) uint8 RGB. lookup: int16 from raw mask value to train id, 255
+    where ignored, -1 where the contract says nothing (which is an error when met in a mask); (65536,) where masks hold
+    ids, (2**24,) where they hold colours, whose value is 0xRRGGBB.
     """
 
     names: tuple[str, ...]
@@ -31,11 +34,17 @@ class Classes:
 
     @classmethod
     def from_config(
-        cls, classes: Sequence[str] | Mapping[str, Any], ignore: Sequence[int] | str = (IGNORE,)
+        cls,
+        classes: Sequence[str] | Mapping[str, Any],
+        ignore: Sequence[Any] | str = (IGNORE,),
+        mask_values: str = "ids",
+        reduce_zero_label: bool = False,
     ) -> "Classes":
         """`classes` is a list of names (raw value = index) or {name: {color: [r, g, b], ids: [raw, ...]}}.
 
-        `ignore` lists the raw values that count as "no label", or is "rest": every value not listed.
+        mask_values: what masks hold: "ids", or "colors", of which a class has its `color` or lists several `colors`.
+        ignore: the raw values (or colours) that count as "no label", or "rest": every value not listed.
+        reduce_zero_label: raw value = index + 1, and 0 counts as "no label", for classes without ids of their own.
         """
         if not isinstance(classes, Sequence | Mapping) or isinstance(classes, str):
             raise UserError(
@@ -44,29 +53,34 @@ class Classes:
         table = classes if isinstance(classes, Mapping) else dict.fromkeys(classes)
         if not 1 <= len(table) <= MAX_CLASSES or len(table) != len(classes):
             raise UserError(f"data.classes holds {len(classes)} names, expected 1 to {MAX_CLASSES} different ones")
-        palette = distinct_colors(len(table))
-        lookup = np.full(_RAW_VALUES, IGNORE if ignore == "rest" else _UNDECLARED, np.int16)
-        if ignore != "rest":
-            lookup[_raw_ids("data.ignore", ignore)] = IGNORE
-        taken: dict[int, str] = {}
-        for index, (name, value) in enumerate(table.items()):
-            entry = value or {}
-            if not isinstance(entry, Mapping):
-                raise UserError(f"data.classes.{name} is {entry!r}, expected {{color: [r, g, b], ids: [raw, ...]}}")
-            if unknown := set(entry) - {"color", "ids"}:
-                raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected color and ids")
-            for raw in _raw_ids(f"data.classes.{name}.ids", entry.get("ids", [index])):
-                if raw in taken:
-                    raise UserError(
-                        f"raw mask value {raw} is claimed by both {taken[raw]!r} and {name!r} in data.classes"
-                    )
-                taken[raw] = str(name)
-                lookup[raw] = index
-            color = entry.get("color", palette[index].tolist())
-            if not isinstance(color, Sequence) or len(color) != 3 or any(byte not in range(256) for byte in color):
-                raise UserError(f"data.classes.{name}.color is {color!r}, expected [red, green, blue] from 0 to 255")
-            palette[index] = color
-        return cls(tuple(str(name) for name in table), palette, lookup)
+        if mask_values not in ("ids", "colors"):
+            raise UserError(f"data.mask_values is {mask_values!r}, expected ids or colors")
+        entries = {str(name): _entry(str(name), value, mask_values) for name, value in table.items()}
+        palette = distinct_colors(len(entries))
+        for index, (name, entry) in enumerate(entries.items()):
+            if "color" in entry or "colors" in entry:
+                palette[index] = _color(f"data.classes.{name}.color", entry.get("color") or entry["colors"][0])
+        names = tuple(entries)
+        if mask_values == "colors":
+            if reduce_zero_label:
+                raise UserError("data.reduce_zero_label is for masks of ids, but data.mask_values is colors")
+            return cls(names, palette, _lookup(_COLORS, _colors_of(entries, palette), ignore, "color"))
+        if reduce_zero_label and any("ids" in entry for entry in entries.values()):
+            raise UserError(
+                "data.reduce_zero_label counts from the place in the list: leave out the ids of data.classes"
+            )
+        ids = {
+            name: _raw_ids(f"data.classes.{name}.ids", entry.get("ids", [index + reduce_zero_label]))
+            for index, (name, entry) in enumerate(entries.items())
+        }
+        if reduce_zero_label and ignore != "rest":
+            ignore = [*ignore, 0]
+        return cls(names, palette, _lookup(_RAW_VALUES, ids, ignore, "raw mask value"))
+
+    @property
+    def of_colors(self) -> bool:
+        """Whether masks hold colours."""
+        return len(self.lookup) == _COLORS
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,15 +99,46 @@ class Classes:
                 )
 
     def encode(self, raw: np.ndarray, indices: bool = False) -> np.ndarray:
-        """(H, W) raw ids -> (H, W) uint8 train ids with 255 = ignore; `indices`: the mask holds train ids already.
+        """Raw ids (H, W) or colours (H, W, 3) -> (H, W) uint8 train ids with 255 = ignore.
+
+        indices: the mask holds train ids already.
 
         Raises:
             UndeclaredValues: the mask holds values that the contract does not declare.
+            WrongKind: the mask holds colours where ids are declared, or ids where colours are.
         """
-        mask = (self._indices if indices else self.lookup)[raw]
-        if (mask == _UNDECLARED).any():
-            raise UndeclaredValues(raw[mask == _UNDECLARED], mask.size)
-        return mask.astype(np.uint8)
+        raw = self.values(raw, indices)
+        if raw.dtype == np.uint8 and len(self) < _SPARE:
+            mask = cv2.LUT(raw, self._bytes(indices))
+            undeclared = mask == _SPARE
+        else:
+            wide = (self._indices if indices else self.lookup)[raw]
+            mask, undeclared = wide.astype(np.uint8), wide == _UNDECLARED
+        if undeclared.any():
+            raise UndeclaredValues(raw[undeclared], mask.size, colors=self.of_colors and not indices)
+        return mask
+
+    def values(self, raw: np.ndarray, indices: bool = False) -> np.ndarray:
+        """(H, W) values as `lookup` is asked for them: ids as they are, colours as int32 0xRRGGBB.
+
+        Raises:
+            WrongKind: see `encode`.
+        """
+        wanted = self.of_colors and not indices
+        if raw.ndim == 2 and wanted:
+            raise WrongKind("holds ids, expected colours: add data.mask_values=ids")
+        if wanted:
+            return raw[..., 0].astype(np.int32) << 16 | raw[..., 1].astype(np.int32) << 8 | raw[..., 2]
+        if (one := one_channel(raw)) is None:
+            raise WrongKind(
+                "holds RGB colours, expected one channel of class ids: save it as an 8-bit or 16-bit grey or palette "
+                "PNG, or give each class its color and add data.mask_values=colors"
+            )
+        return one
+
+    def _bytes(self, indices: bool) -> np.ndarray:
+        table = (self._indices if indices else self.lookup)[:256]
+        return np.where(table == _UNDECLARED, _SPARE, table).astype(np.uint8)
 
     @cached_property
     def _indices(self) -> np.ndarray:
@@ -106,44 +151,57 @@ class Classes:
         return bool((raw == IGNORE).any() and not ((raw >= len(self)) & (raw != IGNORE)).any())
 
 
+class WrongKind(UserError):
+    """A mask of colours where ids are declared, or of ids where colours are."""
+
+
 class UndeclaredValues(UserError):
     """Values of one mask that no class declares; the message says which and how much of the mask they fill."""
 
-    def __init__(self, pixels: np.ndarray, size: int) -> None:
+    def __init__(self, pixels: np.ndarray, size: int, colors: bool = False) -> None:
         values = np.unique(pixels)
-        listed = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+        listed = ", ".join(map(rgb if colors else str, values[:5].tolist())) + (", ..." if len(values) > 5 else "")
         super().__init__(f"{listed} in {pixels.size} of {size} pixels")
 
 
-def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A mask file as raw ids (H, W), uint8 or uint16. Palette PNGs are read as indices, never as colours.
+def rgb(value: int) -> str:
+    """0xRRGGBB as a configuration writes it: [r, g, b]."""
+    return str([value >> 16, value >> 8 & 255, value & 255])
 
-    Pillow only: OpenCV turns palette indices into grey levels and 16-bit ids into 8-bit ones.
+
+def read_mask(file: Readable, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A mask file as raw ids (H, W), uint8 or uint16, or as RGB uint8 (H, W, 3) where it holds colours.
+
+    Palette PNGs are read as indices, never as colours. What Pillow's header does not call 8-bit grey or RGB is decoded
+    by Pillow too: OpenCV turns palette indices into grey levels and 16-bit ids into 8-bit ones.
 
     Raises:
-        UserError: the file is missing, empty, truncated, too large, or holds colours instead of ids.
+        UserError: the file is missing, empty, truncated, too large, or of a kind that is no mask.
     """
-    with opened("mask", path, max_pixels) as image:
+    with header("mask", file, max_pixels) as (image, data):
+        flag = cv2.IMREAD_COLOR_RGB if image.mode == "RGB" else cv2.IMREAD_GRAYSCALE
+        pixels = decoded_fast(image, data, flag)
+        if pixels is not None:
+            return pixels
+        bits = data[24] if image.format == "PNG" else 8  # after the signature, chunk length and name, width and height
+        upright(image)
+        if image.mode in ("RGB", "RGBA"):
+            return np.array(image.convert("RGB"))
         if image.mode not in ("L", "P", "1", "I") and not image.mode.startswith("I;16"):
             raise UserError(
-                f"mask {path} is a {image.mode} image, expected one channel of class ids: "
+                f"mask {file} is a {image.mode} image, expected one channel of class ids: "
                 "save it as an 8-bit or 16-bit grey or palette PNG"
             )
         raw = np.array(image)
-        if image.format == "PNG" and image.mode == "L" and (bits := _png_depth(path)) < 8:
+        if image.mode == "L" and bits < 8:
             raw //= 255 // (2**bits - 1)  # Pillow stretches 2 and 4 bits to bytes
     if raw.dtype == np.int32:  # Pillow widens some 16-bit files
         if raw.min() < 0 or raw.max() >= _RAW_VALUES:
             raise UserError(
-                f"mask {path} holds values from {raw.min()} to {raw.max()}, expected 0 to {_RAW_VALUES - 1}"
+                f"mask {file} holds values from {raw.min()} to {raw.max()}, expected 0 to {_RAW_VALUES - 1}"
             )
         return raw.astype(np.uint16)
     return raw.astype(np.uint8 if raw.itemsize == 1 else np.uint16)
-
-
-def _png_depth(path: Path) -> int:
-    with path.open("rb") as file:
-        return file.read(25)[24]  # after the signature, chunk length and name, width and height
 
 
 def distinct_colors(count: int) -> np.ndarray:
@@ -154,6 +212,80 @@ def distinct_colors(count: int) -> np.ndarray:
         for channel in range(3):
             colors[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
     return colors
+
+
+def one_channel(raw: np.ndarray) -> np.ndarray | None:
+    """(H, W) ids; three equal channels hold ids too, which someone saved as RGB. None where they differ."""
+    if raw.ndim == 3 and ((raw[..., 0] != raw[..., 1]).any() or (raw[..., 0] != raw[..., 2]).any()):
+        return None
+    return np.ascontiguousarray(raw if raw.ndim == 2 else raw[..., 0])
+
+
+def _entry(name: str, value: Any, mask_values: str) -> Mapping[str, Any]:
+    entry = value or {}
+    if not isinstance(entry, Mapping):
+        raise UserError(f"data.classes.{name} is {entry!r}, expected {{color: [r, g, b], ids: [raw, ...]}}")
+    if unknown := set(entry) - {"color", "colors", "ids"}:
+        raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected color, colors or ids")
+    if (mask_values == "ids" and "colors" in entry) or (mask_values == "colors" and "ids" in entry):
+        found, needed = ("colors", "colors") if mask_values == "ids" else ("ids", "ids")
+        raise UserError(
+            f"data.classes.{name} lists {found}, but data.mask_values is {mask_values}: add data.mask_values={needed} "
+            f"or leave {found} out"
+        )
+    return entry
+
+
+def _colors_of(entries: Mapping[str, Mapping[str, Any]], palette: np.ndarray) -> dict[str, list[int]]:
+    """0xRRGGBB of each class: its `colors`, or its one `color`."""
+    found = {}
+    for (name, entry), own in zip(entries.items(), palette, strict=True):
+        if "color" not in entry and "colors" not in entry:
+            raise UserError(f"data.classes.{name} has no color, but data.mask_values is colors: add color: [r, g, b]")
+        colors = entry.get("colors", [own.tolist()])
+        if not isinstance(colors, Sequence) or isinstance(colors, str):
+            raise UserError(f"data.classes.{name}.colors is {colors!r}, expected a list of [red, green, blue]")
+        found[name] = [_code(_color(f"data.classes.{name}.colors", color)) for color in colors]
+    return found
+
+
+def _lookup(values: int, ids: Mapping[str, list[int]], ignore: Any, what: str) -> np.ndarray:
+    lookup = np.full(values, IGNORE if ignore == "rest" else _UNDECLARED, np.int16)
+    if ignore != "rest":
+        lookup[_ignored(ignore, values)] = IGNORE
+    taken: dict[int, str] = {}
+    for index, (name, raws) in enumerate(ids.items()):
+        for raw in raws:
+            if raw in taken:
+                shown = rgb(raw) if values == _COLORS else raw
+                whom = f"claimed by both {taken[raw]!r} and {name!r}" if taken[raw] != name else f"twice in {name!r}"
+                raise UserError(f"{what} {shown} is {whom} in data.classes")
+            taken[raw] = name
+            lookup[raw] = index
+    return lookup
+
+
+def _ignored(ignore: Any, values: int) -> list[int]:
+    if values == _RAW_VALUES:
+        return _raw_ids("data.ignore", ignore)
+    if not isinstance(ignore, Sequence) or isinstance(ignore, str):
+        raise UserError(f"data.ignore is {ignore!r}, expected a list of [red, green, blue], or rest")
+    # the usual 255 of masks of ids says nothing of colours
+    return [_code(_color("data.ignore", color)) for color in ignore if color != IGNORE]
+
+
+def _color(where: str, color: Any) -> Sequence[int]:
+    if (
+        not isinstance(color, Sequence)
+        or len(color) != 3
+        or any(not isinstance(byte, int) or byte not in range(256) for byte in color)
+    ):
+        raise UserError(f"{where} is {color!r}, expected [red, green, blue] from 0 to 255")
+    return color
+
+
+def _code(color: Sequence[int]) -> int:
+    return color[0] << 16 | color[1] << 8 | color[2]
 
 
 def _raw_ids(where: str, ids: Any) -> list[int]:

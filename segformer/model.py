@@ -376,8 +376,12 @@ def build_segformer(
     layer_norm_eps_kind: str = "hf",
     merged_decode: bool = True,
     freeze: Sequence[str] = (),
+    statistics: Mapping[str, Any] | None = None,
 ) -> tuple[SegformerForSemanticSegmentation, str]:
-    """The network of a training run, whose config section `model` this signature is, and what was loaded into it."""
+    """The network of a training run, whose config section `model` this signature is, and what was loaded into it.
+
+    names: of the classes. statistics: fields of the configuration that follow from the images (`SegmentationData.network`).
+    """
     config = SegformerConfig.from_variant(
         variant,
         id2label=dict(enumerate(names)),
@@ -385,6 +389,7 @@ def build_segformer(
         classifier_dropout_kind=classifier_dropout_kind,
         layer_norm_eps_kind=layer_norm_eps_kind,
         merged_decode=merged_decode,
+        **(statistics or {}),
     )
     model = SegformerForSemanticSegmentation(config)
     loaded = start_from(model, pretrained) if pretrained else "all weights start fresh"

@@ -114,8 +114,8 @@ def _markdown(report: Mapping[str, Any]) -> str:
 
 
 def _counted(report: Mapping[str, Any]) -> str:
-    images, whole = report["images"], report.get("split_images", report["images"])
-    if images != whole:
+    images, whole = report["images"], report.get("split_images")
+    if whole not in (None, images):  # a stream may not know
         return f"only {images} of {whole} images"
     return f"{images} image{'s' * (images != 1)}"
 

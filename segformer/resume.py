@@ -29,6 +29,10 @@ _MAY_CHANGE = (
     "data.worker_timeout",
     "data.micro_batch_size",
     "data.max_pixels",
+    "data.cache",
+    "data.check",
+    "data.on_bad_sample",
+    "data.max_bad_share",
     "logger",
 )
 # Lightning's own ways that the recipe has no use for

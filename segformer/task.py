@@ -10,11 +10,10 @@ from torchmetrics import Metric
 from segformer.checkpoints import Pretrained
 from segformer.data.sampler import mix
 from segformer.errors import build
-from segformer.inference import Protocol, segment
+from segformer.inference import Protocol, normalized, segment
 from segformer.losses import pixel_cross_entropy
 from segformer.metrics import Scores, confusion_matrix
 from segformer.optim import adamw
-from segformer.pixels import normalize
 
 # keys of the config section `optim` -> arguments of the loss
 LOSS = {"loss_denominator": "denominator", "class_weights": "class_weights", "label_smoothing": "label_smoothing"}
@@ -100,7 +99,7 @@ class SegmentationTask(pl.LightningModule):
         torch.manual_seed(mix(self.seed, self.global_step, accumulated, self.global_rank))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self.model(normalize(batch["image"]).to(self.dtype)).logits
+        logits = self.model(normalized(self.model, batch["image"])).logits
         loss = pixel_cross_entropy(logits, batch["mask"], **self.loss)
         self.step_losses.append(loss.detach())
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 from segformer.config import VARIANTS
 from segformer.data.datamodule import SegmentationData
+from segformer.data.sampler import Sampling
 from segformer.errors import build
-from segformer.labels import Classes
+from segformer.labels import Classes, UndeclaredValues
 from segformer.model import build_segformer
 from segformer.optim import adamw
 from segformer.task import LOSS
@@ -28,7 +29,7 @@ PAPER = {
     "class_weights": None, "label_smoothing": 0.0,
 }  # fmt: skip
 NETWORK = {"classifier_dropout_kind": "channel", "layer_norm_eps_kind": "hf", "merged_decode": True, "freeze": []}
-MINIMAL = {"folder": ["data.classes=[background,pothole]"]}
+MINIMAL = {name: ["data.classes=[background,pothole]"] for name in ("folder", "csv", "hub", "coco")}
 
 
 def composed(*overrides: str, name: str = "train", missing: bool = False) -> dict:
@@ -42,7 +43,7 @@ def test_every_file_is_reached_by_a_choice(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text()), dict)
     group = path.parent.name
     if group != "configs":
-        overrides = [f"{group}={path.stem}", *(MINIMAL.get(path.stem, []))]
+        overrides = [f"{group}={path.stem}", *(MINIMAL.get(path.stem, []) if group == "data" else [])]
         composed(*overrides, missing=True)
 
 
@@ -50,7 +51,7 @@ def test_every_file_is_reached_by_a_choice(path: Path) -> None:
 def test_every_dataset_builds_its_loaders_optimiser_and_network(data: str) -> None:
     config = composed(f"data={data}", "data.root=/data", *MINIMAL.get(data, []), "model.pretrained=null")
     loaders = build("data", SegmentationData, config["data"], seed=config["seed"])
-    model, _ = build("model", build_segformer, config["model"], names=loaders.classes.names)
+    model, _ = build("model", build_segformer, config["model"], **loaders.network)
     assert model.config.num_labels == len(config["data"]["classes"])
     options = {key: value for key, value in config["optim"].items() if key not in LOSS}
     build("optim", adamw, options, model=model, max_steps=config["trainer"]["max_steps"])
@@ -99,7 +100,10 @@ def test_model_and_data_by_one_word_each_are_the_papers_recipe(variant, data) ->
 def test_how_samples_are_read_by_default_is_the_same_in_python_and_yaml() -> None:
     schema = inspect.signature(SegmentationData).parameters
     loading = yaml.safe_load((CONFIGS / "loading.yaml").read_text())
-    assert loading == {key: schema[key].default for key in loading}
+    silent = {"augment": (), "sampling": None, "check": 0}  # what a script of one's own gets
+    assert loading == {key: schema[key].default for key in loading} | {key: loading[key] for key in silent}
+    assert silent == {key: schema[key].default for key in silent}
+    assert build("data.sampling", Sampling, loading["sampling"]) == Sampling()
 
 
 def test_the_head_of_a_training_run_drops_whole_channels() -> None:
@@ -107,7 +111,11 @@ def test_the_head_of_a_training_run_drops_whole_channels() -> None:
     assert isinstance(model.decode_head.dropout, torch.nn.Dropout2d) and model.decode_head.dropout.p == 0.1
 
 
-PUBLISHED = {"ade20k": "ADE20KDataset", "cityscapes": "CityscapesDataset"}
+PUBLISHED = {
+    "ade20k": "ADE20KDataset", "cityscapes": "CityscapesDataset", "cityscapes_coarse": "CityscapesDataset",
+    "mapillary_cityscapes": "CityscapesDataset", "voc2012": "PascalVOCDataset", "voc2012_aug": "PascalVOCDataset",
+    "cocostuff164k": "COCOStuffDataset", "mapillary": "MapillaryDataset_v1",
+}  # fmt: skip
 LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
 
@@ -115,8 +123,9 @@ LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 3
 def test_class_tables_are_the_published_ones(data, shared) -> None:
     table = json.loads((shared.parent / "classes.json").read_text())[PUBLISHED[data]]
     classes = composed(f"data={data}", "data.root=/data")["data"]["classes"]
-    assert list(classes) == table["classes"]
-    assert [entry["color"] for entry in classes.values()] == table["palette"]
+    count = len(table["classes"]) - (data == "mapillary")  # whose last one is Unlabeled
+    assert list(classes) == table["classes"][:count]
+    assert [entry["color"] for entry in classes.values()] == table["palette"][:count]
 
 
 def test_raw_ids_are_the_published_ones() -> None:
@@ -127,6 +136,50 @@ def test_raw_ids_are_the_published_ones() -> None:
     expected = [LABEL_IDS.index(raw) if raw in LABEL_IDS else 255 for raw in range(34)]
     assert len(street) == 19 and street.encode(np.arange(34)[None]).tolist() == [expected]
     assert street.encode(np.array([[255]])).tolist() == [[255]]  # the licence plate, -1 in a byte
+    voc = Classes.from_config(*contract("voc2012"))
+    assert voc.encode(np.array([[*range(21), 255]])).tolist() == [[*range(21), 255]]
+    vistas = Classes.from_config(*contract("mapillary"))
+    assert vistas.encode(np.arange(66)[None]).tolist() == [[*range(65), 255]]
+
+
+def test_the_ids_of_coco_stuff_leave_out_what_was_never_annotated() -> None:
+    """Things are the 80 categories of COCO, less one; stuff follows without a gap."""
+    stuff = Classes.from_config(*contract("cocostuff164k"))
+    ids = [int(np.flatnonzero(stuff.lookup == place)[0]) for place in range(len(stuff))]
+    gaps = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+    assert len(stuff) == 171 and ids == [raw for raw in range(182) if raw not in gaps]
+    label = dict(zip(stuff.names, ids, strict=True))
+    known = {"person": 1, "stop sign": 13, "backpack": 27, "dining table": 67, "toothbrush": 90, "banner": 92,
+             "sky-other": 157, "wood": 182}  # fmt: skip
+    assert {name: label[name] + 1 for name in known} == known
+    with pytest.raises(UndeclaredValues, match="11 in 1 of 1 pixels"):
+        stuff.encode(np.array([[11]]))
+
+
+def test_the_colours_of_camvid_are_merged_once_each() -> None:
+    section = composed("data=camvid_rgb", "data.root=/data")["data"]
+    listed = [tuple(color) for entry in section["classes"].values() for color in entry["colors"]]
+    assert len(listed) == len(set(listed)) == 31 and (0, 0, 0) not in listed  # 32 with Void
+    assert list(section["classes"]) == list(composed("data=camvid", "data.root=/data")["data"]["classes"])
+
+
+@pytest.mark.parametrize(
+    ("data", "base", "changed"),
+    [
+        ("voc2012_aug", "voc2012", {"train"}),
+        ("ade20k_test", "ade20k", {"train", "val"}),
+        ("cityscapes_coarse", "cityscapes", {"train"}),
+        ("camvid_segnet", "camvid", {"train", "val"}),
+        ("mapillary_cityscapes", "cityscapes", {"train", "val", "train_ids", "ignore", "protocol", "classes"}),
+        ("hub", "folder", {"train", "val"}),
+        ("csv", "folder", {"train", "val"}),
+        ("coco", "folder", {"train", "val"}),
+    ],
+)
+def test_a_dataset_is_another_one_but_for_what_it_says(data: str, base: str, changed: set[str]) -> None:
+    ours, theirs = (composed(f"data={name}", "data.root=/data", *MINIMAL.get(name, [])) for name in (data, base))
+    assert {key for key, value in ours["data"].items() if value != theirs["data"][key]} == changed
+    assert {key: ours[key] for key in ours if key != "data"} == {key: theirs[key] for key in theirs if key != "data"}
 
 
 def contract(data: str) -> tuple:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from segformer.errors import UserError
-from segformer.labels import Classes, UndeclaredValues, distinct_colors, read_mask
+from segformer.labels import Classes, UndeclaredValues, WrongKind, distinct_colors, read_mask
 from tests.conftest import grey_png
 from tests.test_pixels import bomb
 
@@ -55,7 +55,7 @@ def test_the_look_of_train_ids_is_the_ignore_value_without_higher_ids(values, ex
         ([], [255], "holds 0 names"),
         (["a", "a"], [255], "different ones"),
         ({"a": {"ids": [1]}, "b": {"ids": [1]}}, [255], "claimed by both 'a' and 'b'"),
-        ({"a": {"colour": [1, 2, 3]}}, [255], "key 'colour', expected color and ids"),
+        ({"a": {"colour": [1, 2, 3]}}, [255], "key 'colour', expected color, colors or ids"),
         (["a"], 255, "data.ignore is 255, expected a list"),
         (["a"], [70000], "expected a list of raw mask values"),
         ("road", [255], "data.classes is 'road', expected a list of names"),
@@ -123,10 +123,7 @@ def test_ids_in_fewer_than_eight_bits_are_not_stretched(tmp_path, bits) -> None:
     assert read_mask(path).tolist() == [values]
 
 
-def test_colour_truncated_and_missing_masks_are_told(tmp_path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
-    with pytest.raises(UserError, match="rgb.png is a RGB image, expected one channel"):
-        read_mask(tmp_path / "rgb.png")
+def test_unsuitable_truncated_and_missing_masks_are_told(tmp_path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
@@ -137,7 +134,7 @@ def test_colour_truncated_and_missing_masks_are_told(tmp_path) -> None:
     (tmp_path / "empty.png").touch()
     with pytest.raises(UserError, match="cannot read mask .*empty.png"):
         read_mask(tmp_path / "empty.png")
-    for mode in ("RGBA", "LA", "CMYK", "F"):
+    for mode in ("LA", "CMYK", "F"):
         Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.tif")
         with pytest.raises(UserError, match=f"{mode}.tif is a {mode} image, expected one channel"):
             read_mask(tmp_path / f"{mode}.tif")
@@ -151,3 +148,76 @@ def test_colour_truncated_and_missing_masks_are_told(tmp_path) -> None:
 
 def test_default_colours_are_distinct() -> None:
     assert len(np.unique(distinct_colors(255), axis=0)) == 255
+
+
+CAMVID = {"sky": {"color": [128, 128, 128]}, "road": {"colors": [[128, 64, 128], [128, 0, 192]]}}
+
+
+def test_colour_masks_become_train_ids_several_colours_to_a_class() -> None:
+    classes = Classes.from_config(CAMVID, [[0, 0, 0]], "colors")
+    raw = np.array([[[128, 128, 128], [128, 64, 128], [128, 0, 192], [0, 0, 0]]], np.uint8)
+    assert classes.encode(raw).tolist() == [[0, 1, 1, 255]]
+    assert classes.colors.tolist() == [[128, 128, 128], [128, 64, 128]]
+    with pytest.raises(UndeclaredValues, match=r"\[1, 2, 3\] in 1 of 4 pixels"):
+        classes.encode(np.concatenate([raw[:, :3], [[[1, 2, 3]]]], 1).astype(np.uint8))
+    assert Classes.from_config(CAMVID, "rest", "colors").encode(raw + np.uint8(1)).tolist() == [[255] * 4]
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "sentence"),
+    [
+        ({"a": {"color": [1, 2, 3]}, "b": {"color": [1, 2, 3]}}, {"mask_values": "colors"},
+         r"color \[1, 2, 3\] is claimed by both 'a' and 'b'"),
+        ({"a": {"colors": [[1, 2, 3], [1, 2, 3]]}}, {"mask_values": "colors"}, r"\[1, 2, 3\] is twice in 'a'"),
+        (["a"], {"mask_values": "colors"}, "data.classes.a has no color, but data.mask_values is colors"),
+        ({"a": {"color": [1, 2, 3], "ids": [4]}}, {"mask_values": "colors"}, "lists ids, but data.mask_values is colors"),
+        ({"a": {"colors": [[1, 2, 3]]}}, {}, "lists colors, but data.mask_values is ids: add data.mask_values=colors"),
+        ({"a": {"color": [1, 2, 3]}}, {"mask_values": "colors", "ignore": [7]}, "data.ignore is 7, expected .red"),
+        (["a"], {"mask_values": "rgb"}, "data.mask_values is 'rgb', expected ids or colors"),
+        ({"a": {"ids": [1]}}, {"reduce_zero_label": True}, "leave out the ids"),
+        ({"a": {"color": [1, 2, 3]}}, {"mask_values": "colors", "reduce_zero_label": True}, "masks of ids, but"),
+    ],
+)  # fmt: skip
+def test_contracts_of_colours_that_contradict_themselves_are_told(classes, options, sentence) -> None:
+    with pytest.raises(UserError, match=sentence):
+        Classes.from_config(classes, **options)
+
+
+def test_reducing_the_zero_label_shifts_every_class_by_one_and_ignores_zero() -> None:
+    reduced = Classes.from_config(["wall", "building"], reduce_zero_label=True)
+    assert reduced.encode(np.array([[0, 1, 2, 255]], np.uint8)).tolist() == [[255, 0, 1, 255]]
+    with pytest.raises(UndeclaredValues, match="3 in 1 of 1"):
+        reduced.encode(np.array([[3]], np.uint8))
+
+
+def test_several_raw_ids_merge_and_a_binary_mask_of_0_and_255_is_two_classes() -> None:
+    merged = Classes.from_config({"flat": {"ids": [7, 8, 300]}, "rest": {"ids": [0]}}, [])
+    assert merged.encode(np.array([[7, 8, 300, 0]], np.uint16)).tolist() == [[0, 0, 0, 1]]
+    binary = Classes.from_config({"background": {"ids": [0]}, "pothole": {"ids": [255]}}, [])
+    assert binary.encode(np.array([[0, 255]], np.uint8)).tolist() == [[0, 1]]
+
+
+def test_colours_where_ids_are_declared_and_ids_where_colours_are_are_told() -> None:
+    grey = np.array([[[1, 1, 1], [0, 0, 0]]], np.uint8)  # ids that someone saved as RGB
+    assert Classes.from_config(["a", "b"]).encode(grey).tolist() == [[1, 0]]
+    with pytest.raises(WrongKind, match="holds RGB colours, expected one channel of class ids"):
+        Classes.from_config(["a", "b"]).encode(grey + np.array([0, 1, 0], np.uint8))
+    with pytest.raises(WrongKind, match="holds ids, expected colours: add data.mask_values=ids"):
+        Classes.from_config(CAMVID, "rest", "colors").encode(grey[..., 0])
+
+
+@pytest.mark.parametrize("count", [253, 254, 255])
+def test_the_last_ids_of_a_byte_are_classes_too(count) -> None:
+    classes = Classes.from_config([f"class {index}" for index in range(count)])
+    ids = np.arange(count, dtype=np.uint8)[None]
+    assert classes.encode(ids).tolist() == ids.tolist()
+    if count < 255:
+        with pytest.raises(UndeclaredValues, match=f"{count} in 1 of 1"):
+            classes.encode(np.array([[count]], np.uint8))
+
+
+def test_colour_files_come_as_colours_whatever_alpha_they_have(tmp_path) -> None:
+    raw = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    for mode in ("RGB", "RGBA"):
+        Image.fromarray(raw).convert(mode).save(tmp_path / f"{mode}.png")
+        assert np.array_equal(read_mask(tmp_path / f"{mode}.png"), raw)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from segformer.errors import UserError
-from segformer.pixels import MEAN, PAD, STD, normalize, read_image, resize
+from segformer.pixels import MEAN, PAD, STD, decoded_fast, image_size, normalize, read_image, resize
 from tests.conftest import grey_png
 
 
@@ -94,3 +94,85 @@ def test_a_truncated_image_is_not_half_a_grey_picture(tmp_path) -> None:
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-800])
     with pytest.raises(UserError, match="truncated"):
         read_image(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.jpg", "RGB", {"quality": 80}),
+        ("a.jpg", "RGB", {"quality": 95, "subsampling": 0}),
+        ("a.jpg", "RGB", {"progressive": True}),
+        ("a.jpg", "L", {}),
+        ("a.png", "RGB", {}),
+        ("a.png", "L", {}),
+    ],
+)
+def test_the_fast_decoder_gives_the_bytes_of_the_careful_one(tmp_path, name, mode, options) -> None:
+    pixels = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8), (0, 0), 1)
+    path = tmp_path / name
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    data = path.read_bytes()
+    with Image.open(path) as image:
+        fast = decoded_fast(image, data, cv2.IMREAD_COLOR_RGB)
+        assert fast is not None and np.array_equal(fast, np.array(image.convert("RGB")))
+        assert np.array_equal(read_image(path), fast)
+        # half a file would be half a picture to it
+        assert decoded_fast(image, data[: len(data) // 2], cv2.IMREAD_COLOR_RGB) is None
+
+
+def test_the_size_of_an_image_is_told_upright_without_decoding_it(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    for name, options in (("plain.png", {}), ("plain.jpg", {}), ("turned.jpg", {"exif": exif}),
+                          ("turned.png", {"exif": exif})):  # fmt: skip
+        pixels.save(tmp_path / name, **options)
+        assert image_size(tmp_path / name) == read_image(tmp_path / name).shape[:2]
+    whole = (tmp_path / "turned.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    assert image_size(tmp_path / "half.jpg") == (60, 40)
+
+
+def test_other_numbers_of_bands_are_read_as_they_are(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    for mode, bands in (("L", 1), ("LA", 2), ("RGBA", 4)):
+        pixels = rng.integers(0, 256, (4, 6, bands), np.uint8)
+        Image.fromarray(pixels[..., 0] if bands == 1 else pixels, mode).save(tmp_path / f"{bands}.png")
+        assert np.array_equal(read_image(tmp_path / f"{bands}.png", bands=bands), pixels)
+    many = rng.integers(0, 256, (4, 6, 7), np.uint8)
+    np.save(tmp_path / "many.npy", many)
+    assert np.array_equal(read_image(tmp_path / "many.npy", bands=7), many)
+    assert image_size(tmp_path / "many.npy", bands=7) == (4, 6)
+    np.save(tmp_path / "wide.npy", many.astype(np.uint16) * 256 + 3)
+    assert np.array_equal(read_image(tmp_path / "wide.npy", bands=7), many)  # the upper eight bits
+    tifffile = pytest.importorskip("tifffile", reason="the extra tiff is not installed")
+    tifffile.imwrite(tmp_path / "many.tif", many, photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(
+        tmp_path / "planes.tif", np.moveaxis(many, -1, 0), photometric="minisblack", planarconfig="separate"
+    )
+    for name in ("many.tif", "planes.tif"):
+        assert np.array_equal(read_image(tmp_path / name, bands=7), many)
+        assert image_size(tmp_path / name, bands=7) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "bands", "sentence"),
+    [
+        ("rgb.png", lambda path: Image.new("RGB", (6, 4)).save(path), 4, "rgb.png is a RGB image, expected 4 bands"),
+        ("few.npy", lambda path: np.save(path, np.zeros((4, 6, 2), np.uint8)), 5, r"shape \(4, 6, 2\), expected \(H, W, 5"),
+        ("float.npy", lambda path: np.save(path, np.zeros((4, 6, 5))), 5, "holds float64 .* of uint8 or uint16"),
+        ("cut.npy", lambda path: path.write_bytes(b"\x93NUMPY"), 5, "cannot read image .*cut.npy: .*; replace or remove"),
+        ("pickle.npy", lambda path: np.save(path, np.array([{}]), allow_pickle=True), 5, "cannot read image .*pickle.npy"),
+        ("cut.tif", lambda path: path.write_bytes(b"II*\0" + bytes(20)), 5, "cannot read image .*cut.tif"),
+    ],
+)  # fmt: skip
+def test_images_of_other_bands_than_declared_are_told(tmp_path, name, make, bands, sentence) -> None:
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=sentence):
+        read_image(tmp_path / name, bands=bands)
+
+
+def test_a_postscript_file_starts_no_interpreter(tmp_path) -> None:
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(UserError, match="holds no image that is known here"):
+        read_image(tmp_path / "x.png")

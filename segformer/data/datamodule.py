@@ -2,20 +2,25 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
 import lightning.pytorch as pl
+import numpy as np
 from torch.utils.data import DataLoader
 
-from segformer.data.dataset import SegmentationDataset
-from segformer.data.sampler import EvaluationShard, TrainingBatches
+from segformer.data.cache import Cached
+from segformer.data.dataset import Encoder, SegmentationDataset, Skipped, StreamedDataset, collate
+from segformer.data.sampler import EvaluationShard, Sampling, TrainingBatches
+from segformer.data.samples import Source, Stream
 from segformer.data.sources import open_source
+from segformer.data.statistics import class_pixels
 from segformer.data.transforms import TrainTransform
 from segformer.errors import SharedError, UserError, build
 from segformer.inference import Protocol, pair
 from segformer.labels import IGNORE, Classes
-from segformer.pixels import MAX_PIXELS
+from segformer.pixels import MAX_PIXELS, MEAN, STD
 
 MAX_AUTO_WORKERS = 8
 
@@ -23,14 +28,17 @@ MAX_AUTO_WORKERS = 8
 class SegmentationData(pl.LightningDataModule):
     """Training and validation data of one dataset.
 
-    root: folder below which `train` and `val` look: {images, masks} patterns, {scenes, seed} of the toy dataset or
-    source objects. classes, ignore: the label contract (`labels.Classes`). train_ids: file names of masks that hold
-    class indices instead of raw ids. batch_size: samples per optimiser step over all devices. micro_batch_size: most
-    samples that a device takes at once, the rest of its share being accumulated; None = its whole share. crop_size: int
-    or [height, width]. base_size: [long, short] that the scale multiplies, None = the image's own. protocol:
-    `inference.Protocol`. workers: processes that read samples for each training process, "auto" = its share of the
-    cores, at most 8. worker_timeout: seconds without a batch after which a worker counts as hung. max_pixels: of one
-    file. seed: of order and augmentation.
+    root: folder, archive or hub dataset in which `train` and `val` look; their kinds stand in `sources.open_source`.
+    classes, ignore, mask_values, reduce_zero_label: the label contract (`labels.Classes`). train_ids: file names of
+    masks that hold class indices instead of raw ids. batch_size: samples per optimiser step over all devices.
+    micro_batch_size: most samples that a device takes at once, the rest of its share being accumulated; None = all of
+    it. crop_size: int or [height, width]. base_size: [long, short] that the scale multiplies, None = the image's own.
+    exact, augment: see `transforms.TrainTransform`. sampling: keywords of `sampler.Sampling`. protocol:
+    `inference.Protocol`. bands: channels of an image. mean, std: of each band on the scale 0 to 255, None = ImageNet's.
+    workers: processes that read samples for each training process, "auto" = its share of the cores, at most 8.
+    worker_timeout: seconds without a batch after which a worker counts as hung. max_pixels: of one file. cache: folder
+    for decoded samples. check: samples of each split that are looked at before training. on_bad_sample: "error", or
+    "skip" what cannot be read in training, up to max_bad_share of the samples. seed: of order and augmentation.
     """
 
     def __init__(
@@ -41,7 +49,7 @@ class SegmentationData(pl.LightningDataModule):
         batch_size: int,
         crop_size: int | Sequence[int],
         root: str | None = None,
-        ignore: Sequence[int] | str = (IGNORE,),
+        ignore: Sequence[Any] | str = (IGNORE,),
         base_size: Sequence[int] | None = None,
         scale: Sequence[float] = (0.5, 2.0),
         cat_max_ratio: float = 0.75,
@@ -52,6 +60,18 @@ class SegmentationData(pl.LightningDataModule):
         worker_timeout: int = 300,
         max_pixels: int = MAX_PIXELS,
         train_ids: str | None = None,
+        mask_values: str = "ids",
+        reduce_zero_label: bool = False,
+        bands: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        exact: bool = False,
+        augment: Sequence[Any] = (),
+        sampling: Mapping[str, Any] | None = None,
+        cache: str | None = None,
+        check: int = 0,
+        on_bad_sample: str = "error",
+        max_bad_share: float = 0.01,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -59,36 +79,90 @@ class SegmentationData(pl.LightningDataModule):
             ("micro_batch_size", micro_batch_size),
             ("worker_timeout", worker_timeout),
             ("max_pixels", max_pixels),
+            ("bands", bands),
         ):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}, expected at least 1")
+        if check < 0:
+            raise UserError(f"data.check is {check}, expected a number of samples of at least 0")
         if not 0 < cat_max_ratio <= 1:
             raise UserError(f"data.cat_max_ratio is {cat_max_ratio}, expected more than 0 and at most 1")
-        self.classes = Classes.from_config(classes, ignore)
+        if on_bad_sample not in ("error", "skip"):
+            raise UserError(f"data.on_bad_sample is {on_bad_sample!r}, expected error or skip")
+        if not 0 <= max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share is {max_bad_share}, expected a share from 0 to 1")
+        self.classes = Classes.from_config(classes, ignore, mask_values, reduce_zero_label)
+        self.encoder = Encoder(self.classes, train_ids)
         self.protocol = build("data.protocol", Protocol, protocol or {})
+        self.sampling = build("data.sampling", Sampling, sampling or {})
         self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
         if workers != "auto" and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 0):
             raise UserError(f"data.workers is {workers!r}, expected 'auto' or an integer of at least 0")
         self.workers, self.worker_timeout = workers, worker_timeout
+        self.bands = bands
+        self.mean, self.std = _statistics("mean", mean, bands, MEAN), _statistics("std", std, bands, STD)
+        self.crop_size = pair("data.crop_size", crop_size)
         base = sorted(pair("data.base_size", base_size)) if base_size is not None else None
+        fill = tuple(min(255, max(0, round(value))) for value in self.mean)
         self.transform = TrainTransform(
-            pair("data.crop_size", crop_size), (base[1], base[0]) if base else None, _range(scale), cat_max_ratio
+            self.crop_size, (base[1], base[0]) if base else None, _range(scale), cat_max_ratio, exact, augment, fill
         )
-        self._specs = {"train": train, "val": val}
-        self._root, self._max_pixels, self._train_ids = root, max_pixels, train_ids
+        self.specs = {"train": train, "val": val}
+        self.root, self.cache, self.check = root, cache, check
+        self.datasets: dict[str, SegmentationDataset | Stream] = {}
+        self._max_pixels, self._bad = max_pixels, (on_bad_sample, max_bad_share)
 
-    def dataset(self, split: str) -> SegmentationDataset:
-        """The samples of "train" (augmented) or "val" (as they are)."""
-        source = open_source(split, self._specs[split], self._root, self._max_pixels)
+    def source(self, split: str) -> Source | Stream:
+        """The raw samples of "train" or "val"."""
+        source = open_source(split, self.specs[split], self.root, self._max_pixels, self.bands)
+        if isinstance(source, Stream):
+            self._require_plain_reading(split)
+            return source
         if not len(source):
             raise UserError(f"data.{split} holds no samples: check its patterns")
-        transform = self.transform if split == "train" else None
-        return SegmentationDataset(source, self.classes, transform, self._train_ids)
+        return Cached(source, Path(self.cache)) if self.cache else source
+
+    def _require_plain_reading(self, split: str) -> None:
+        for name, value, plain in (
+            ("cache", self.cache, None),
+            ("sampling.name", self.sampling.name, "uniform"),
+            ("on_bad_sample", self._bad[0], "error"),
+        ):
+            if value != plain:
+                raise UserError(
+                    f"data.{name}={value} needs samples by number, but data.{split} streams them: "
+                    f"take data.{split}.streaming=false"
+                )
 
     def opened(self, *splits: str) -> "SegmentationData":
         """Itself, with these splits opened, so that a wrong path is told before the network is built."""
-        self.datasets = {split: self.dataset(split) for split in splits}
+        self.datasets = {split: self._dataset(split) for split in splits}
         return self
+
+    def _dataset(self, split: str) -> "SegmentationDataset | Stream":
+        source = self.source(split)
+        if isinstance(source, Stream):
+            return source
+        if not source.labelled:
+            raise UserError(f"data.{split} has images without masks: they can be predicted, not scored or trained on")
+        if split != "train":
+            return SegmentationDataset(source, self.encoder)
+        how, share = self._bad
+        return SegmentationDataset(
+            source, self.encoder, self.transform, Skipped(len(source), share) if how == "skip" else None
+        )
+
+    def images(self, split: str) -> int | None:
+        """The number of samples of an opened split, where it is known."""
+        dataset = self.datasets[split]
+        return dataset.known_length() if isinstance(dataset, Stream) else len(dataset)
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """What the network has to know of the data: the names of the classes, and the statistics of unusual images."""
+        numbers = {"num_channels": self.bands, "pixel_mean": list(self.mean), "pixel_std": list(self.std)}
+        usual = (self.bands, self.mean, self.std) == (3, MEAN, STD)
+        return {"names": self.classes.names, "statistics": {} if usual else numbers}
 
     def accumulated(self, processes: int) -> int:
         """Micro-batches of one optimiser step: the fewest equal ones that share `batch_size` over the processes."""
@@ -103,8 +177,8 @@ class SegmentationData(pl.LightningDataModule):
 
     def require_images(self, processes: int) -> None:
         """Raises SharedError unless each process has an image to score: Lightning leaves an idle one out and hangs."""
-        images = len(self.datasets["val"])
-        if images < processes:
+        images = self.images("val")
+        if images is not None and images < processes:
             raise SharedError(
                 f"data.val holds {images} image{'s' * (images > 1)} for {processes} processes, expected at least one "
                 f"for each: use trainer.devices={images}"
@@ -112,7 +186,8 @@ class SegmentationData(pl.LightningDataModule):
 
     def summary(self, processes: int = 1) -> str:
         """How many samples of what, and who takes how many of them in one optimiser step."""
-        sizes = ", ".join(f"{len(dataset)} {split} images" for split, dataset in self.datasets.items())
+        counts = {split: self.images(split) for split in self.datasets}
+        sizes = ", ".join(f"{'streamed' if count is None else count} {split} images" for split, count in counts.items())
         parts = self.accumulated(processes)
         shares = [f"{count} {what}" for count, what in ((processes, "processes"), (parts, "accumulated")) if count > 1]
         batch = f"batch of {self.batch_size}"
@@ -123,28 +198,50 @@ class SegmentationData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
-        dataset = self.datasets["train"]
+        dataset, options = self.datasets["train"], self._loader_options(trainer)
+        parts, step = trainer.accumulate_grad_batches, trainer.global_step  # restored before this, so a run goes on
+        micro = self.batch_size // (trainer.world_size * parts)
+        if isinstance(dataset, Stream):
+            streamed = StreamedDataset(
+                dataset,
+                self.encoder,
+                self.transform,
+                self.seed,
+                trainer.global_rank,
+                trainer.world_size,
+                start=step * parts,
+                batch_size=micro,
+            )
+            return DataLoader(streamed, batch_size=micro, **options)
         batches = TrainingBatches(
-            len(dataset),
+            self.sampling.order(self.seed, self._class_pixels(dataset)),
             self.batch_size,
             self.seed,
-            start_step=trainer.global_step,  # restored before this is called, so a resumed run goes on where it was
+            start_step=step,
             rank=trainer.global_rank,
             world=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
+            accumulate=parts,
         )
-        return DataLoader(dataset, batch_sampler=batches, pin_memory=_on_cuda(trainer), **self._worker_options(trainer))
+        return DataLoader(dataset, batch_sampler=batches, **options)
+
+    def _class_pixels(self, dataset: SegmentationDataset) -> np.ndarray:
+        if self.sampling.name == "uniform":
+            return np.zeros((len(dataset), 1))
+        return class_pixels(dataset.source, self.encoder, _share_of_cores(1))
 
     def val_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
-        dataset = self.datasets["val"]
+        dataset, options = self.datasets["val"], self._loader_options(trainer)
         self.require_images(trainer.world_size)
-        shard = EvaluationShard(len(dataset), trainer.global_rank, trainer.world_size)
+        place = trainer.global_rank, trainer.world_size
         # one image a batch: images keep their own sizes
-        return DataLoader(
-            dataset, sampler=shard, batch_size=1, pin_memory=_on_cuda(trainer), **self._worker_options(trainer)
-        )
+        if isinstance(dataset, Stream):
+            return DataLoader(StreamedDataset(dataset, self.encoder, None, 0, *place), batch_size=1, **options)
+        return DataLoader(dataset, sampler=EvaluationShard(len(dataset), *place), batch_size=1, **options)
+
+    def _loader_options(self, trainer: pl.Trainer) -> dict[str, Any]:
+        return {"collate_fn": collate, "pin_memory": _on_cuda(trainer), **self._worker_options(trainer)}
 
     def _worker_options(self, trainer: pl.Trainer) -> dict[str, Any]:
         workers = _share_of_cores(trainer.num_devices) if self.workers == "auto" else int(self.workers)
@@ -164,6 +261,23 @@ def _start_worker(_: int) -> None:
 
 def _on_cuda(trainer: pl.Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
+
+
+def _statistics(name: str, values: Any, bands: int, usual: Sequence[float]) -> tuple[float, ...]:
+    """The mean or deviation of each band; ImageNet's where nothing is given and the bands are three."""
+    if values is None and bands == len(usual):
+        return tuple(usual)
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != bands
+        or not all(isinstance(value, int | float) for value in values)
+        or (name == "std" and min(values) <= 0)
+    ):
+        raise UserError(
+            f"data.{name} is {values!r}, expected {bands} numbers on the scale 0 to 255, one a band: "
+            "`python -m segformer check ... --full` measures them"
+        )
+    return tuple(float(value) for value in values)
 
 
 def _range(scale: Any) -> tuple[float, float]:

@@ -1,165 +1,121 @@
-"""Things that yield (image, raw mask): pairs of files, found by two patterns."""
+"""Opens what a split is read from: the keys of its section tell which kind of source it is."""
 
-import os
-import re
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import floor
+from typing import Any
 
 import numpy as np
 
-from segformer.errors import UserError, build
-from segformer.labels import read_mask
-from segformer.pixels import MAX_PIXELS, read_image
+from segformer.data.samples import Foreign, Selected, Source, Stream
+from segformer.errors import UserError, build, nearest
+from segformer.pixels import MAX_PIXELS
+
+# the keys of each kind; the first one is its own, or is it where none of the kinds above is meant
+KINDS = {
+    "a table of pairs": ("csv", "split"),
+    "COCO JSON": ("coco", "images"),
+    "patterns of files": ("images", "masks", "list"),
+    "toy scenes": ("scenes", "seed"),
+    "a Hugging Face dataset": ("split", "subset", "revision", "image", "mask", "streaming"),
+}
+PART = ("fraction", "fraction_seed")  # of any kind
 
 
-class Source(Protocol):
-    """What a dataset reads from; a class of your own needs no more than this."""
+def open_source(
+    split: str, spec: Any, root: str | None, max_pixels: int = MAX_PIXELS, bands: int = 3
+) -> Source | Stream:
+    """The source of one split: what `data.{split}` names, a list of such sections joined, or an object of the user's.
 
-    def __len__(self) -> int: ...
+    A section may ask for a part: fraction [from, to] of the samples in an order shuffled by fraction_seed, so that
+    [0, 0.8] and [0.8, 1] have no sample in common and leave none out. max_pixels, bands: see `samples.Samples`.
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """RGB uint8 (H, W, 3) and raw mask ids (H, W)."""
-
-    def name(self, index: int) -> str:
-        """What to call the sample in errors and reports: its file, where it has one."""
-
-
-class Pairs:
-    """Image and mask files below `root`, matched by what the stars of two patterns stand for.
-
-    images="leftImg8bit/val/*/*_leftImg8bit.png" and masks="gtFine/val/*/*_gtFine_labelIds.png" pair frames by city and
-    frame name. A pattern that ends in a star takes any extension: "images/train/*" goes with "masks/train/*". Of a list
-    of mask patterns the first one that finds files is read. max_pixels: of one file, see `pixels.opened`.
+    Raises:
+        UserError: the section is of no kind, or what it names cannot be read.
     """
-
-    def __init__(
-        self, root: str | Path | None, images: str, masks: str | Sequence[str], max_pixels: int = MAX_PIXELS
-    ) -> None:
-        if root is None:
-            raise UserError("data.root is not set: add data.root=FOLDER, the folder that holds the images and masks")
-        root, choices = Path(root).expanduser(), [masks] if isinstance(masks, str) else masks
-        if not isinstance(choices, Sequence) or not choices or any(not isinstance(one, str) for one in choices):
-            raise UserError(f"masks is {masks!r}, expected a pattern below data.root or a list of patterns")
-        for pattern in (images, *choices):
-            if any(sign in pattern for sign in ("**", "?", "[")) or Path(pattern).is_absolute():
-                raise UserError(
-                    f"pattern {pattern!r}: expected a path below data.root in which only single stars stand"
-                )
-            if pattern.count("*") != images.count("*"):
-                raise UserError(
-                    f"{images!r} and {pattern!r} have different numbers of stars, "
-                    "expected one mask star for each image star"
-                )
-        if not os.path.isdir(root):
-            raise UserError(
-                f"data.root={root} is not a folder, or not readable: give the folder that holds "
-                f"{images} and {choices[0]}"
-            )
-        found_images = _find(root, images)
-        if not found_images:
-            raise UserError(f"no images at {root / images}: check data.root and the pattern")
-        pattern, found_masks = next(
-            ((choice, found) for choice in choices if (found := _find(root, choice))), (choices[0], {})
-        )
-        for files, partners, what, wanted in (
-            (found_images, found_masks, "mask", pattern),
-            (found_masks, found_images, "image", images),
-        ):
-            lonely = sorted(files.keys() - partners.keys())
-            if lonely:
-                expected = root / _fill(wanted, lonely[0])
-                raise UserError(
-                    f"{len(lonely)} of {len(files)} files have no {what}, first {files[lonely[0]]}: expected {expected}"
-                )
-        self.files = [(found_images[key], found_masks[key]) for key in sorted(found_images)]
-        self.max_pixels = max_pixels
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        return str(self.files[index][0])
-
-    def mask_name(self, index: int) -> str:
-        return str(self.files[index][1])
-
-    def mask(self, index: int) -> np.ndarray:
-        """The raw mask without its image."""
-        return read_mask(self.files[index][1], self.max_pixels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        image_path, mask_path = self.files[index]
-        image, mask = read_image(image_path, self.max_pixels), self.mask(index)
-        if image.shape[:2] != mask.shape:
-            (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
-            turned = " upright, as its EXIF orientation says," if mask.shape == (width, height) else ""
-            raise UserError(
-                f"image {image_path} is{turned} {width}x{height} but its mask {mask_path} is {mask_width}x"
-                f"{mask_height}, expected equal sizes: export the mask again at the image's size"
-            )
-        return image, mask
+    where = f"data.{split}"
+    if isinstance(spec, Source | Stream):
+        return spec
+    if isinstance(spec, Mapping):
+        return _section(where, {str(key): value for key, value in spec.items()}, root, max_pixels, bands)
+    if isinstance(spec, list | tuple) and spec:
+        parts = [open_source(f"{split}[{index}]", one, root, max_pixels, bands) for index, one in enumerate(spec)]
+        return _joined(where, parts)
+    if all(hasattr(spec, name) for name in ("__len__", "__getitem__", "name")):
+        return Foreign(spec)  # built by the user's own `_target_`
+    raise UserError(
+        f"{where} is {spec!r}, expected {{images: pattern, masks: pattern}} or another section ({_kinds()}), a list of "
+        "them, or an object of your own that has __len__, __getitem__ and name"
+    )
 
 
-def open_source(split: str, spec: Any, root: str | None, max_pixels: int = MAX_PIXELS) -> Source:
-    """The source of one split: {images, masks} patterns, {scenes, seed} of the toy dataset, or a source object."""
-    if spec is None or isinstance(spec, str | int | float | list):
-        raise UserError(f"data.{split} is {spec!r}, expected {{images: pattern, masks: pattern}}")
-    if not isinstance(spec, Mapping):
-        return spec  # built by the user's own `_target_`
-    if "scenes" in spec:
+def _section(where: str, spec: dict[str, Any], root: str | None, max_pixels: int, bands: int) -> Source | Stream:
+    given = {key for key, value in spec.items() if value is not None}
+    kind = next((kind for kind, keys in KINDS.items() if keys[0] in given), None)
+    known = [*(KINDS[kind] if kind else [keys[0] for keys in KINDS.values()]), *PART]
+    # null takes away a key of a section that this one was merged with
+    options = {key: value for key, value in spec.items() if key in known or value is not None}
+    wrong = next((key for key in options if key not in known), None)
+    if wrong or kind is None:
+        told = f"unknown key '{where}.{wrong}'{nearest(wrong, known)}" if wrong else f"{where} is {spec!r}"
+        raise UserError(f"{told}: expected {_kinds()}; null takes a key away")
+    fraction, seed = options.pop("fraction", None), options.pop("fraction_seed", None)
+    source = _opened(where, options, root, max_pixels, bands)
+    if fraction is None:
+        return source
+    if isinstance(source, Stream):
+        raise UserError(f"{where}.fraction cannot cut a stream, which is not shuffled as a whole: leave out streaming")
+    return _part(where, source, fraction, 0 if seed is None else seed)
+
+
+def _opened(where: str, options: dict[str, Any], root: str | None, max_pixels: int, bands: int) -> Source | Stream:
+    if "csv" in options:
+        from segformer.data.pairs import Table
+
+        return build(where, Table, options, root=root, max_pixels=max_pixels, bands=bands)
+    if "coco" in options:
+        from segformer.data.coco import CocoJson
+
+        return build(where, CocoJson, options, root=root, max_pixels=max_pixels, bands=bands)
+    if "images" in options:
+        from segformer.data.pairs import Pairs
+
+        return build(where, Pairs, options, root=root, max_pixels=max_pixels, bands=bands)
+    if "scenes" in options:
         from segformer.data.toy import ToyScenes
 
-        return build(f"data.{split}", ToyScenes, spec)
-    return build(f"data.{split}", Pairs, spec, root=root, max_pixels=max_pixels)
+        return build(where, ToyScenes, options)
+    from segformer.data.hub import open_hub
+
+    return build(where, open_hub, options, root=root, max_pixels=max_pixels, bands=bands)
 
 
-def _find(root: Path, pattern: str) -> dict[tuple[str, ...], Path]:
-    """Files below `root` that match, by what the stars stand for; of a final star without the extension."""
-    expression = re.compile("(.+)".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
-    found: dict[tuple[str, ...], Path] = {}
-    for path in sorted(_walk(root, pattern.split("/"))):
-        match = expression.fullmatch(path.relative_to(root).as_posix())
-        if not match:
-            continue
-        # one name has two spellings in Unicode, and archives made on a Mac hold the other one
-        key = tuple(unicodedata.normalize("NFC", star) for star in match.groups())
-        if pattern.endswith("*"):
-            key = (*key[:-1], str(Path(key[-1]).with_suffix("")))
-        if key in found:
-            raise UserError(f"{found[key]} and {path} match the same sample of {pattern!r}: keep one of them")
-        found[key] = path
-    return found
+def _kinds() -> str:
+    listed = [f"{{{', '.join(keys)}}} for {kind}" for kind, keys in KINDS.items()]
+    return f"{', '.join(listed[:-1])} or {listed[-1]}, any of them with {' and '.join(PART)}"
 
 
-def _walk(folder: Path, parts: list[str]) -> Iterator[Path]:
-    """Files that match a pattern; `Path.glob` would take a folder that it may not read for an empty one."""
-    first, *rest = parts
-    try:
-        if "*" in first:
-            with os.scandir(folder) as entries:
-                shown = [entry for entry in entries if fnmatchcase(entry.name, first) and entry.name[0] != "."]
-                paths = [Path(entry.path) for entry in shown if rest or not _is_folder(entry)]
-        else:
-            paths = [folder / first] if rest or (folder / first).is_file() else []
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise UserError(f"cannot read folder {folder}: {error.strerror}; make it readable") from error
-    for path in paths:
-        yield from _walk(path, rest) if rest else [path]
+def _joined(where: str, parts: Sequence[Source | Stream]) -> Selected:
+    sources = [part for part in parts if isinstance(part, Source)]
+    if len(sources) < len(parts):
+        raise UserError(f"{where} joins several sources, of which one is a stream: leave out its streaming")
+    if len({source.labelled for source in sources}) > 1:
+        raise UserError(f"{where} joins images with masks and images without: give them in splits of their own")
+    return Selected([(source, index) for source in sources for index in range(len(source))])
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads nowhere: told when it is opened, by its own name
-        return False
-
-
-def _fill(pattern: str, key: tuple[str, ...]) -> str:
-    parts = pattern.split("*")
-    filled = parts[0] + "".join(star + part for star, part in zip(key, parts[1:], strict=True))
-    return filled + ".*" if pattern.endswith("*") else filled
+def _part(where: str, source: Source, fraction: Any, seed: Any) -> Selected:
+    """The samples from one share to another of a shuffled order, themselves in the source's order."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"{where}.fraction_seed is {seed!r}, expected a whole number from 0 on")
+    numbers = isinstance(fraction, list | tuple) and [
+        one for one in fraction if isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1
+    ]
+    if not numbers or len(numbers) != 2 or len(fraction) != 2 or numbers[0] >= numbers[1]:
+        raise UserError(f"{where}.fraction is {fraction!r}, expected [from, to] with 0 <= from < to <= 1")
+    # as they are written: 0.8 cuts ten samples after eight, whatever the float is
+    start, end = (floor(Fraction(str(share)) * len(source)) for share in numbers)
+    if start == end:
+        raise UserError(f"{where}.fraction is {fraction!r}, which leaves none of {len(source)} samples: widen it")
+    order = np.random.RandomState(seed).permutation(len(source))  # the stream that NumPy promises never to change
+    return Selected([(source, int(index)) for index in sorted(order[start:end])])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from segformer.data.samples import Source
 from segformer.labels import IGNORE
 
 CLASSES = ("sky", "building", "road", "sidewalk", "tree", "car", "person", "sign")
@@ -23,7 +24,7 @@ _PAINTS = [(185, 30, 35), (30, 60, 150), (225, 225, 228), (35, 36, 40), (130, 13
 _PLATES = [(200, 30, 35), (35, 80, 170), (235, 190, 40), (235, 235, 235), (30, 120, 70)]
 
 
-class ToyScenes:
+class ToyScenes(Source):
     """`source[index] -> (image, mask)`: RGB uint8 (H, W, 3) and train ids uint8 (H, W); about 144 x 208 pixels."""
 
     def __init__(self, scenes: int, seed: int = 0) -> None:

@@ -1,8 +1,14 @@
+import numpy as np
 import pytest
+import torch
 
 from segformer.data.datamodule import SegmentationData
+from segformer.data.samples import Sample, Stream
 from segformer.errors import SharedError, UserError, build
+from segformer.inference import normalized
+from segformer.model import build_segformer
 from tests.conftest import TOY
+from tests.test_task import quiet
 
 
 def test_training_samples_are_augmented_and_validation_samples_are_not() -> None:
@@ -29,6 +35,16 @@ def test_training_samples_are_augmented_and_validation_samples_are_not() -> None
         ({"scale": 2}, "data.scale is"),
         ({"base_size": [2048]}, "data.base_size is"),
         ({"cat_max_ratio": 0}, "data.cat_max_ratio is 0"),
+        ({"check": -1}, "data.check is -1"),
+        ({"on_bad_sample": "ignore"}, "data.on_bad_sample is 'ignore', expected error or skip"),
+        ({"max_bad_share": 2.0}, "data.max_bad_share is 2.0, expected a share from 0 to 1"),
+        ({"bands": 0}, "data.bands is 0"),
+        ({"bands": 5}, "data.mean is None, expected 5 numbers on the scale 0 to 255, one a band: `python -m"),
+        ({"mean": [1, 2]}, r"data.mean is \[1, 2\], expected 3 numbers"),
+        ({"std": [1, 0, 1]}, r"data.std is \[1, 0, 1\], expected 3 numbers"),
+        ({"sampling": {"kind": "uniform"}}, "unknown key 'data.sampling.kind'"),
+        ({"sampling": {"name": "rare"}}, "data.sampling.name is 'rare'"),
+        ({"mask_values": "rgb"}, "data.mask_values is 'rgb', expected ids or colors"),
     ],
 )
 def test_impossible_settings_are_told(change, message) -> None:
@@ -67,3 +83,58 @@ def test_a_split_of_fewer_images_than_processes_is_told() -> None:
     data.require_images(2)
     with pytest.raises(SharedError, match="data.val holds 2 images for 3 processes.*: use trainer.devices=2"):
         data.require_images(3)
+
+
+class Rows(Stream):
+    """Nine toy-like samples, one after another."""
+
+    def shard(self, index: int, count: int, epoch: int | None = None):
+        for number in range(9)[index::count]:
+            yield Sample(str(number), lambda: (np.zeros((40, 50, 3), np.uint8), np.zeros((40, 50), np.uint8)))
+
+
+STREAMED = TOY | {"train": Rows(), "val": Rows()}
+
+
+@pytest.mark.parametrize(
+    "change", [{"cache": "cache"}, {"sampling": {"name": "rare_class"}}, {"on_bad_sample": "skip"}]
+)
+def test_what_needs_samples_by_number_is_refused_for_streams(change) -> None:
+    with pytest.raises(UserError, match="needs samples by number, but data.train streams them"):
+        build("data", SegmentationData, STREAMED | change).opened("train")
+
+
+def test_a_stream_is_trained_on_and_scored_once() -> None:
+    data = build("data", SegmentationData, STREAMED).opened("train", "val")
+    assert data.summary().startswith("streamed train images, streamed val images, 8 classes")
+    data.trainer = quiet(max_steps=1)
+    batches = iter(data.train_dataloader())
+    assert [next(batches)["image"].shape for _ in range(12)] == [(2, 3, 64, 64)] * 12
+    assert sum(1 for _ in data.val_dataloader()) == 9
+
+
+def test_rare_classes_come_more_often_in_the_batches() -> None:
+    def signs(sampling: dict) -> int:
+        data = build("data", SegmentationData, TOY | {"sampling": sampling, "crop_size": 200}).opened("train")
+        data.trainer = quiet(max_steps=1)
+        data.transform.scale = (1.0, 1.0)  # the whole scene stays in sight
+        batches = iter(data.train_dataloader())
+        return sum(int((mask == 7).any()) for _ in range(20) for mask in next(batches)["mask"])
+
+    assert signs({"name": "rare_class", "temperature": 0.005}) > signs({"name": "uniform"})
+
+
+def test_the_network_learns_how_its_images_are_normalised() -> None:
+    numbers = {"bands": 5, "mean": [10.0, 20.0, 30.0, 40.0, 50.0], "std": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    data = build("data", SegmentationData, TOY | numbers)
+    model, _ = build_segformer(**data.network, variant="b0")
+    images = np.full((1, 5, 32, 32), 60, np.uint8)
+    found = normalized(model, torch.from_numpy(images))[0, :, 0, 0]
+    assert found.tolist() == pytest.approx(
+        [(60 - mean) / std for mean, std in zip(numbers["mean"], numbers["std"], strict=True)]
+    )
+    assert model(normalized(model, torch.from_numpy(images))).logits.shape == (1, 8, 8, 8)
+    assert (
+        "pixel_mean"
+        not in build_segformer(**build("data", SegmentationData, TOY).network, variant="b0")[0].config.to_dict()
+    )

@@ -1,139 +1,151 @@
-import os
+import inspect
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from segformer.data.sources import Pairs, open_source
+from segformer.data import sources
+from segformer.data.pairs import Pairs, Table
+from segformer.data.samples import Foreign, Source, Stream
+from segformer.data.sources import open_source
+from segformer.data.toy import ToyScenes
 from segformer.errors import UserError
 
-
-def test_pairs_are_matched_by_stem_whatever_the_extension(potholes) -> None:
-    pairs = Pairs(potholes, "images/train/*", "masks/train/*")
-    assert len(pairs) == 4 and pairs.name(0).endswith("road 0 ü.jpg")
-    image, mask = pairs[1]
-    assert (
-        image.shape == (61, 80, 3)
-        and image.dtype == np.uint8
-        and mask.shape == (61, 80)
-        and set(np.unique(mask)) == {0, 1}
-    )
+TRAIN = {"images": "images/train/*", "masks": "masks/train/*"}
+VAL = {"images": "images/val/*", "masks": "masks/val/*"}
 
 
-def test_pairs_are_matched_by_what_the_stars_stand_for(tmp_path) -> None:
-    for city, frame in (("ulm", "000_1"), ("ulm", "000_2"), ("bonn", "000_1")):
-        for kind, suffix, mode in (("leftImg8bit", "_leftImg8bit.png", "RGB"), ("gtFine", "_gtFine_labelIds.png", "L")):
-            folder = tmp_path / kind / "val" / city
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.new(mode, (8, 4)).save(folder / f"{city}_{frame}{suffix}")
-    pairs = Pairs(tmp_path, "leftImg8bit/val/*/*_leftImg8bit.png", "gtFine/val/*/*_gtFine_labelIds.png")
-    assert [pairs.files[index][1].name for index in range(3)] == [
-        "bonn_000_1_gtFine_labelIds.png", "ulm_000_1_gtFine_labelIds.png", "ulm_000_2_gtFine_labelIds.png"
-    ]  # fmt: skip
+def names(source) -> list[str]:
+    return [source.name(index).rpartition("/")[2] for index in range(len(source))]
 
 
-def test_an_unpaired_file_is_named_with_what_was_expected(potholes) -> None:
-    (potholes / "masks/train/road 2 ü.png").unlink()
+def test_the_keys_of_a_section_tell_its_kind(potholes) -> None:
+    (potholes / "pairs.csv").write_text("image,mask\nimages/val/road 0 ü.jpg,masks/val/road 0 ü.png\n")
+    root = str(potholes)
+    assert isinstance(open_source("train", TRAIN, root), Pairs)
+    assert isinstance(open_source("train", {"csv": "pairs.csv", "split": None}, root), Table)
+    scenes = open_source("train", {"scenes": 3, "seed": 5}, None)
+    np.testing.assert_array_equal(scenes[2][0], ToyScenes(3, 5)[2][0])
+
+
+def test_null_takes_away_the_keys_of_a_section_below(potholes) -> None:
+    (potholes / "pairs.csv").write_text("image,mask\nimages/val/road 0 ü.jpg,masks/val/road 0 ü.png\n")
     with pytest.raises(
-        UserError, match=r"1 of 4 files have no mask, first .*road 2 ü.jpg: expected .*masks/train/road 2 ü"
+        UserError, match="unknown key 'data.val.images': expected {csv, split} .*; null takes a key away"
     ):
-        Pairs(potholes, "images/train/*", "masks/train/*")
-    Image.new("L", (4, 4)).save(potholes / "masks/val/stray.png")
-    with pytest.raises(UserError, match=r"1 of 4 files have no image, first .*stray.png"):
-        Pairs(potholes, "images/val/*", "masks/val/*")
+        open_source("val", {**VAL, "csv": "pairs.csv"}, str(potholes))
+    merged = open_source("val", {"images": None, "masks": None, "csv": "pairs.csv"}, str(potholes))
+    assert names(merged) == ["road 0 ü.jpg"]
 
 
-def test_wrong_roots_and_patterns_are_told(potholes) -> None:
-    with pytest.raises(UserError, match="data.root is not set"):
-        open_source("train", {"images": "*", "masks": "*"}, None)
-    with pytest.raises(UserError, match="nowhere is not a folder"):
-        Pairs(potholes / "nowhere", "*", "*")
-    with pytest.raises(UserError, match=r"no images at .*pictures/\*"):
-        Pairs(potholes, "pictures/*", "masks/train/*")
-    with pytest.raises(UserError, match="different numbers of stars"):
-        Pairs(potholes, "images/*/*", "masks/train/*")
-    for pattern in ("images/**/*.png", "images/a?.png", "/images/*.png"):
-        with pytest.raises(UserError, match="only single stars"):
-            Pairs(potholes, pattern, "masks/train/*")
-    for masks in (None, 5, [], [5]):
-        with pytest.raises(UserError, match=r"masks is .*, expected a pattern below data.root or a list"):
-            open_source("train", {"images": "images/train/*", "masks": masks}, str(potholes))
-    for spec in (None, "images"):
+def test_the_keys_told_are_those_that_the_kinds_take() -> None:
+    from segformer.data.coco import CocoJson
+    from segformer.data.hub import open_hub
+
+    for what, kind in (
+        (Pairs, "patterns of files"),
+        (Table, "a table of pairs"),
+        (CocoJson, "COCO JSON"),
+        (ToyScenes, "toy scenes"),
+        (open_hub, "a Hugging Face dataset"),
+    ):
+        taken = [name for name in inspect.signature(what).parameters if name not in ("root", "max_pixels", "bands")]
+        assert sorted(taken) == sorted(sources.KINDS[kind])
+
+
+def test_a_section_of_no_kind_is_told_with_all_kinds(potholes) -> None:
+    for spec in (None, "images", 5, []):
         with pytest.raises(UserError, match="data.train is .*expected {images: pattern, masks: pattern}"):
             open_source("train", spec, str(potholes))
+    with pytest.raises(
+        UserError, match=r"unknown key 'data.train.mask' \(did you mean 'masks'\?\): expected {csv, split} "
+    ):
+        open_source("train", {"images": "*", "mask": "*"}, str(potholes))
+    with pytest.raises(
+        UserError, match=r"unknown key 'data.val.imgs' \(did you mean 'images'\?\): expected .*{scenes, seed}"
+    ):
+        open_source("val", {"imgs": "*", "masks": "*"}, str(potholes))
+    with pytest.raises(UserError, match="data.val is {}: expected {csv, split}"):
+        open_source("val", {}, str(potholes))
     with pytest.raises(UserError, match="data.train.scenes is 'many', expected an integer"):
         open_source("train", {"scenes": "many"}, None)
-    with pytest.raises(UserError, match="unknown key 'data.train.mask'"):
-        open_source("train", {"images": "*", "mask": "*"}, str(potholes))
+    with pytest.raises(UserError, match="'data.train.masks' is not set"):
+        open_source("train", {"images": "*"}, str(potholes))
+    with pytest.raises(UserError, match="data.root is not set"):
+        open_source("train", TRAIN, None)
 
 
-def test_two_images_of_one_stem_are_told(potholes) -> None:
-    Image.new("RGB", (80, 60)).save(potholes / "images/train/road 0 ü.png")
-    with pytest.raises(UserError, match="match the same sample"):
-        Pairs(potholes, "images/train/*", "masks/train/*")
+@pytest.mark.parametrize("shares", [(0, 0.8, 1), (0, 0.29, 0.58, 1), (0, 1 / 3, 2 / 3, 1.0)])
+def test_neighbouring_fractions_share_nothing_and_lose_nothing(shares) -> None:
+    for count in (10, 100, 37):
+        parts = [
+            open_source("train", {"scenes": count, "fraction": [start, end]}, None) for start, end in pairwise(shares)
+        ]
+        assert sorted(name for part in parts for name in names(part)) == names(ToyScenes(count))
+        assert all(names(part) == sorted(names(part)) for part in parts)
+    assert len(open_source("train", {"scenes": 10, "fraction": [0, 0.8]}, None)) == 8
+    assert len(open_source("train", {"scenes": 100, "fraction": [0.29, 0.58]}, None)) == 29  # 0.29 * 100 < 29
 
 
-def test_an_image_and_mask_of_unequal_sizes_are_told(potholes) -> None:
-    Image.new("L", (10, 10)).save(potholes / "masks/train/road 0 ü.png")
-    with pytest.raises(UserError, match=r"road 0 ü.jpg is 80x60 but its mask .* is 10x10"):
-        Pairs(potholes, "images/train/*", "masks/train/*")[0]
+def test_a_fraction_is_drawn_by_its_seed() -> None:
+    drawn = [
+        names(open_source("train", {"scenes": 40, "fraction": [0, 0.5], "fraction_seed": seed}, None))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != names(ToyScenes(20))
 
 
-def test_hidden_files_are_no_samples(potholes) -> None:
-    (potholes / "images/train/.DS_Store").write_bytes(b"x")
-    assert len(Pairs(potholes, "images/train/*", "masks/train/*")) == 4
+def test_a_wrong_fraction_is_told(potholes) -> None:
+    for fraction in (0.8, [0.8], [0.8, 0.2], [0, 1.5], [0, "1"], [False, True], [0, 1, 1], [0.0, float("nan")], "ab"):
+        with pytest.raises(
+            UserError, match=r"data.train.fraction is .*, expected \[from, to\] with 0 <= from < to <= 1"
+        ):
+            open_source("train", {**TRAIN, "fraction": fraction}, str(potholes))
+    with pytest.raises(UserError, match=r"which leaves none of 4 samples"):
+        open_source("train", {**TRAIN, "fraction": [0, 0.2]}, str(potholes))
+    for seed in (-1, 0.5, True, "a"):
+        with pytest.raises(UserError, match="data.train.fraction_seed is .*, expected a whole number"):
+            open_source("train", {**TRAIN, "fraction": [0, 1], "fraction_seed": seed}, str(potholes))
 
 
-def test_the_first_mask_pattern_that_finds_files_is_read(potholes) -> None:
-    pairs = Pairs(potholes, "images/val/*", ["ids/val/*", "masks/val/*"])
-    assert pairs.mask_name(0).endswith("masks/val/road 0 ü.png")
-    with pytest.raises(UserError, match="3 of 3 files have no mask, .*expected .*ids/val/road 0"):
-        Pairs(potholes, "images/val/*", ["ids/val/*", "other/val/*"])
+def test_a_list_of_sections_is_joined_in_order(potholes) -> None:
+    both = open_source("train", [TRAIN, {**VAL, "fraction": [0, 1]}], str(potholes))
+    assert names(both) == [f"road {index} ü.jpg" for index in (0, 1, 2, 3, 0, 1, 2)]
+    np.testing.assert_array_equal(both[5][1], Pairs(potholes, **VAL)[1][1])
+    assert both.mask_name(5).endswith("masks/val/road 1 ü.png") and both.size(1) == (61, 80)
+    with pytest.raises(UserError, match=r"unknown key 'data.train\[1\].mask'"):
+        open_source("train", [TRAIN, {"images": "*", "mask": "*"}], str(potholes))
+    with pytest.raises(UserError, match="joins images with masks and images without"):
+        open_source("train", [TRAIN, {**VAL, "masks": None}], str(potholes))
 
 
-def test_an_image_turned_by_its_exif_and_a_mask_that_is_not_are_told(potholes) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = potholes / "images/train/road 0 ü.jpg"
-    Image.open(path).save(path, exif=exif)
-    with pytest.raises(UserError, match=r"is upright, as its EXIF orientation says, 60x80 but its mask .* is 80x60"):
-        Pairs(potholes, "images/train/*", "masks/train/*")[0]
+class Mine:
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index):
+        return np.full((2, 3, 3), index, np.uint8), np.full((2, 3), index, np.uint8)
+
+    def name(self, index) -> str:
+        return f"mine {index}"
 
 
-def test_the_two_spellings_of_an_umlaut_are_one_name(potholes) -> None:
-    composed, decomposed = "road 0 \u00fc.png", "road 0 u\u0308.png"
-    (potholes / "masks/val" / composed).rename(potholes / "masks/val" / decomposed)
-    assert len(Pairs(potholes, "images/val/*", "masks/val/*")) == 3
+def test_an_object_of_the_user_s_own_is_a_source() -> None:
+    source = open_source("train", Mine(), None)
+    assert isinstance(source, Foreign) and source.size(1) == (2, 3) and source.mask(1).max() == 1
+    assert names(open_source("train", [Mine(), {"scenes": 1}], None)) == ["mine 0", "mine 1", "scene_0_00000"]
+    own = Source()
+    assert open_source("train", own, None) is own
+    with pytest.raises(UserError, match="an object of your own that has __len__, __getitem__ and name"):
+        open_source("train", object(), None)
 
 
-@pytest.mark.parametrize("folder", ["", "images", "images/train", "masks/train"])
-def test_a_folder_that_may_not_be_read_is_not_an_empty_one(potholes, folder) -> None:
-    (potholes / folder).chmod(0)
-    user = os.geteuid()
-    for parent in potholes.parents[:3]:  # pytest's own folders, closed to others
-        if user == 0:
-            parent.chmod(0o755)
-    try:
-        if user == 0:
-            os.seteuid(65534)  # nobody: root may read everything
-        with pytest.raises(UserError, match="Permission denied; make it readable|not readable"):
-            Pairs(potholes, "images/train/*", "masks/train/*")
-    finally:
-        os.seteuid(user)
-        (potholes / folder).chmod(0o755)
+class Endless(Stream):
+    pass
 
 
-def test_a_link_that_leads_nowhere_is_told_by_its_own_name(potholes) -> None:
-    for index, target in enumerate(("nowhere.jpg", "road 1 ü.jpg")):  # a dead link, and one that leads to itself
-        path = potholes / f"images/train/road {index} ü.jpg"
-        path.unlink()
-        path.symlink_to(target)
-        with pytest.raises(UserError, match=f"cannot read image .*road {index} ü.jpg: "):
-            Pairs(potholes, "images/train/*", "masks/train/*")[index]
-
-
-def test_cityscapes_and_ade20k_are_found_in_their_native_trees(cityscapes, ade20k) -> None:
-    frames = Pairs(cityscapes, "leftImg8bit/val/*/*_leftImg8bit.png", "gtFine/val/*/*_gtFine_labelIds.png")
-    assert len(frames) == 4 and frames.mask_name(3).endswith("munster_000001_000019_gtFine_labelIds.png")
-    scenes = Pairs(ade20k, "images/validation/*.jpg", "annotations/validation/*.png")
-    assert len(scenes) == 3 and scenes[0][0].shape == (66, 96, 3)
+def test_a_stream_is_not_joined() -> None:
+    stream = Endless()
+    assert open_source("train", stream, None) is stream
+    with pytest.raises(UserError, match="data.train joins several sources, of which one is a stream"):
+        open_source("train", [Mine(), stream], None)
