@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -49,7 +50,7 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
         name = own_data or trained["choices"]["data"]
         facts = {"checkpoint": str(source), "data": name, "precision": options["precision"]}
         facts["split_images"] = data.images("val")
-        folder = report.new_folder(config["output"], checkpoints.model_name(source, trained), name)
+        folder = files.new_folder(Path(config["output"], f"{checkpoints.model_name(source, trained)}_{name}"))
         report.write_report(folder, task.scores, data.classes.names, task.images_scored, task.protocol, facts)
     return task.scores.miou
 

@@ -68,15 +68,13 @@ def main() -> None:
         sections = {
             "Files to samples, times faster": whole(photographs, options) + whole(streets, options, Path(folder)),
             "Augmentation alone, times faster": [alone(photographs, options), alone(streets, options)],
-            "Two workers beside a training step of B0, batch 2": [feeding(photographs, options)],
+            "Two workers, and the training step they feed": [feeding(photographs, options)],
+            "With": [{name: version(name) for name in ("albumentations", "torchvision", "opencv-python-headless")}],
+            "Files": [
+                {"like": data.name, "image KB": kilobytes(data, 0), "mask KB": kilobytes(data, 1)}
+                for data in (photographs, streets)
+            ],
         }
-        sections["Compared with"] = [
-            {package: version(package) for package in ("albumentations", "torchvision", "opencv-python-headless")}
-        ]
-        sections["Files"] = [
-            {"like": data.name, "image KB": kilobytes(data, 0), "mask KB": kilobytes(data, 1)}
-            for data in (photographs, streets)
-        ]
     pairs.publish("Data", sections, options)
 
 
@@ -85,7 +83,7 @@ def main() -> None:
 
 def ade20k(folder: Path, options: Any) -> Data:
     size = options.size
-    files = write(folder / "ade", options.files, (size, size * 4 // 3), ".jpg", range(151))
+    files = write(folder / "ade", options.files, (size, round(size * 4 / 3)), ".jpg", range(151))
     classes = Classes.from_config([str(index) for index in range(150)], reduce_zero_label=True)
     return Data("ADE20K", files, classes, size, (4 * size, size))
 
@@ -311,7 +309,7 @@ def distorted(image: np.ndarray, draw: random.Random) -> np.ndarray:
 
 
 def feeding(data: Data, options: Any) -> dict[str, Any]:
-    """Samples a second of two workers with nothing beside them, and of the network with all cores."""
+    """Samples a second of two workers with nothing beside them, and of training with all cores."""
     loads, trains = [], []
     train = step(data.crop, len(data.classes))
     for _ in range(options.rounds):
@@ -322,6 +320,7 @@ def feeding(data: Data, options: Any) -> dict[str, Any]:
         trains.append((time.perf_counter() - start) / BATCH)
         torch.set_num_threads(1)
     return {
+        "step": f"B0, batch {BATCH}",
         "loader samples/s": 1 / statistics.median(loads),
         "step samples/s": 1 / statistics.median(trains),
         "ratio": pairs.ratio(trains, loads),

@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options, more = parser.parse_args(arguments), []
     with explained():
         if options.verb == "check":
-            sys.exit(_check([*options.overrides, *more], options))
+            try:
+                sys.exit(_check([*options.overrides, *more], options))
+            except KeyboardInterrupt:  # its readers have stopped by then
+                print("stopped", file=sys.stderr)
+                sys.exit(130)
         _convert(options.source, Path(options.target), options.to, options.allow_pickle)
 
 
@@ -74,9 +78,12 @@ def _composed(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[st
     from omegaconf import OmegaConf
 
     configs = Path(__file__).parent.parent / "configs"
-    for folder in (configs, config_dir):
-        if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"{folder} is not a folder, expected one of configurations")
+    if not configs.is_dir():
+        raise UserError(
+            f"there are no configurations at {configs}: run it in a checkout, which has train.py and configs"
+        )
+    if config_dir and not Path(config_dir).is_dir():
+        raise UserError(f"{config_dir} is not a folder, expected one of configurations")
     search = [f"hydra.searchpath=[{Path(config_dir).absolute().as_uri()}]"] if config_dir else []
     with initialize_config_dir(str(configs), version_base="1.3"):
         settings = compose("train", [*overrides, *search], return_hydra_config=True)

@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +72,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_folder(parent: Path) -> Path:
+    """Makes `parent/timestamp`, never one that exists."""
+    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for attempt in ("", *(f"_{number}" for number in range(2, 1000))):
+        folder = parent / (stamp + attempt)
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(folder)
 
 
 def reason(error: Exception) -> str:

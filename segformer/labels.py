@@ -251,15 +251,17 @@ def _colors_of(entries: Mapping[str, Mapping[str, Any]], palette: np.ndarray) ->
 
 def _lookup(values: int, ids: Mapping[str, list[int]], ignore: Any, what: str) -> np.ndarray:
     lookup = np.full(values, IGNORE if ignore == "rest" else _UNDECLARED, np.int16)
-    if ignore != "rest":
-        lookup[_ignored(ignore, values)] = IGNORE
+    ignored = [] if ignore == "rest" else _ignored(ignore, values)
+    lookup[ignored] = IGNORE
     taken: dict[int, str] = {}
     for index, (name, raws) in enumerate(ids.items()):
         for raw in raws:
+            shown = rgb(raw) if values == _COLORS else raw
             if raw in taken:
-                shown = rgb(raw) if values == _COLORS else raw
                 whom = f"claimed by both {taken[raw]!r} and {name!r}" if taken[raw] != name else f"twice in {name!r}"
                 raise UserError(f"{what} {shown} is {whom} in data.classes")
+            if raw in ignored:
+                raise UserError(f"{what} {shown} is of class {name!r} and in data.ignore: leave it out of one of them")
             taken[raw] = name
             lookup[raw] = index
     return lookup

@@ -380,7 +380,8 @@ def build_segformer(
 ) -> tuple[SegformerForSemanticSegmentation, str]:
     """The network of a training run, whose config section `model` this signature is, and what was loaded into it.
 
-    names: of the classes. statistics: fields of the configuration that follow from the images (`SegmentationData.network`).
+    names: of the classes. statistics: fields of the configuration that follow from the
+    images (`SegmentationData.network`).
     """
     config = SegformerConfig.from_variant(
         variant,

@@ -4,9 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,6 @@ from segformer.inference import Protocol
 from segformer.metrics import Scores
 
 _HEADLINE = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "fwiou": "fwIoU", "mdice": "mDice"}
-
-
-def new_folder(parent: str, model: str, data: str) -> Path:
-    """Makes `parent/model_data/timestamp`, never one that exists."""
-    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    for attempt in ("", *(f"_{number}" for number in range(2, 1000))):
-        folder = Path(parent, f"{model}_{data}", stamp + attempt)
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise FileExistsError(folder)
 
 
 def write_report(

@@ -37,3 +37,21 @@ def test_a_training_step_is_compared_and_the_loss_alone(tmp_path) -> None:
     (step,), (loss,) = found["Step, times faster"], found["Loss alone, times faster"]
     assert step["segformer saved MiB"] < step["transformers saved MiB"]
     assert loss["gradient error, of the largest"] < 1e-5
+
+
+def test_loading_is_compared_with_what_users_write_and_with_the_step_it_feeds(tmp_path) -> None:
+    target = tmp_path / "figures.json"
+    command = f"benchmarks/data.py --size 32 --files 2 --rounds 1 --json {target}"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())
+    rows = found["Files to samples, times faster"] + found["Augmentation alone, times faster"]
+    assert [(row["files like"], row["of"], row["against"]) for row in rows] == [
+        ("ADE20K", "segformer", "albumentations"),
+        ("ADE20K", "segformer", "torchvision"),
+        ("Cityscapes", "segformer", "albumentations"),
+        ("Cityscapes", "segformer, cached", "albumentations"),
+        ("ADE20K", "segformer", "step by step"),
+        ("Cityscapes", "segformer", "step by step"),
+    ]
+    assert all(row["ratio"]["min"] > 0 for row in [*rows, *found["Two workers, and the training step they feed"]])

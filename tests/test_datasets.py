@@ -1,6 +1,8 @@
 """Each dataset as a user runs it: its YAML and a root, on a tree laid out as the real one is."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import datasets
@@ -13,6 +15,7 @@ from segformer.data.samples import Samples, Stream
 from segformer.errors import UserError, build
 from tests import test_train_evaluate as scripts
 from tests import trees
+from tests.conftest import ROOT
 from tests.test_configs import DATASETS, composed
 from tests.trees import TREES, Tree
 
@@ -172,3 +175,44 @@ def test_real_images_train_and_are_scored(data: str, here, run, shared: Path, tm
     report = trained_and_scored(run, here, tree, "trainer.limit_val_batches=2")
     assert report["split_images"] == {"camvid": 101, "ade20k": 2, "cityscapes": 1}[data]
     assert np.isfinite(json.loads(json.dumps(report["miou"])))
+
+
+def test_a_hub_id_is_no_path(here, run) -> None:
+    told = scripts.told(run(scripts.train, "data=hub", "data.root=owner/name", "data.classes=[a]", *SHORT))
+    assert "cannot reach owner/name on the hub" in told  # HF_HUB_OFFLINE
+
+
+DATA_PAGE = (ROOT / "docs" / "data.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", DATA_PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("line", [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()])
+def test_the_commands_of_the_page_compose(line: str) -> None:
+    words = shlex.split(line)
+    overrides = [word for word in words if "=" in word]
+    assert words[:2] == ["python", "train.py"] or words[:4] == ["python", "-m", "segformer", "check"]
+    classes = [] if "train.py" in words else ["data.classes=[a]"] * ("data=folder" in words)
+    build("data", SegmentationData, composed(*overrides, *classes)["data"])
+
+
+def test_the_settings_of_the_page_build() -> None:
+    """What its tables of mask values and of keys tell to add."""
+    sections = dict(section.split("\n", 1) for section in DATA_PAGE.split("\n## "))
+    tables = sections["What the values of a mask mean"] + sections["How samples are read, drawn and altered"]
+    settings = [
+        code for row in re.findall(r"^\|.*", tables, re.MULTILINE) for code in re.findall(r"`('?data.*?=.*?)`", row)
+    ]
+    assert len(settings) == 12
+    for code in settings:
+        named = [] if "data.classes=" in code else ["data.classes=[a]"]
+        section = composed("data=folder", "data.root=x", *shlex.split(code), *named)["data"]
+        build("data", SegmentationData, section)
+
+
+@pytest.mark.parametrize("text", [block for kind, block in BLOCKS if kind == "yaml"])
+def test_the_yamls_of_the_page_compose(text: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "own.yaml").write_text(text)
+    section = composed("data=own", f"hydra.searchpath=[file://{tmp_path}]")["data"]
+    assert section["classes"] == ["background", "pothole"] and section["check"] == 32
+    build("data", SegmentationData, section)

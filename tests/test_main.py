@@ -1,8 +1,11 @@
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from segformer.__main__ import main
@@ -137,3 +140,95 @@ def test_what_cannot_be_converted_is_one_sentence(folder, tmp_path, capsys) -> N
     assert "not the names of a SegFormer" in told(capsys, tmp_path / "resnet.safetensors", tmp_path / "out")
     assert "name one, or add --to nvlabs" in told(capsys, folder, tmp_path / "b0.pth")
     assert not (tmp_path / "out").exists()
+
+
+def checked(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `check`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["check", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err.splitlines()[-1] if err else ""
+
+
+def test_check_takes_options_and_overrides_in_any_order(potholes, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    command = ["data=folder", "--show", 1, "data.classes=[background,pothole]", "--full", f"data.root={potholes}"]
+    code, printed, _ = checked(capsys, *command, "--output", out, "data.crop_size=32")
+    (folder,) = (out / "folder").iterdir()
+    assert code == 0 and printed.splitlines()[-1] == str(folder)
+    assert json.loads((folder / "check.json").read_text())["data"] == "folder"
+
+
+def test_check_reads_choices_and_sources_of_a_users_own(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "configs" / "data").mkdir(parents=True)
+    (tmp_path / "own_source.py").write_text(
+        "import numpy as np\n\n\nclass Squares:\n"
+        "    def __len__(self): return 3\n"
+        "    def name(self, index): return f'square {index}'\n"
+        "    def __getitem__(self, index):\n"
+        "        return np.zeros((40, 40, 3), np.uint8), np.full((40, 40), index, np.uint8)\n"
+    )
+    (tmp_path / "configs" / "data" / "squares.yaml").write_text(
+        "# @package _global_\ndefaults: [/loading@data, _self_]\ndata:\n  classes: [a, b]\n  batch_size: 2\n"
+        "  crop_size: 32\n  train: {_target_: own_source.Squares}\n  val: {_target_: own_source.Squares}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, printed, _ = checked(capsys, "-cd", tmp_path / "configs", "data=squares", "--output", tmp_path / "out")
+    assert code == 1 and "error: value 2, which none of the 2 classes declares, is in the masks" in printed
+    assert "square 2, square 2" in printed
+
+
+@pytest.mark.parametrize(
+    ("make", "suggestion"),
+    [
+        (lambda mask: mask, "hold 2 values; name them by 'data.classes=[class_0, class_1]'"),
+        (lambda mask: mask * 255, "'data.classes={class_0: {ids: [0]}, class_1: {ids: [255]}}' 'data.ignore=[]'"),
+        (lambda mask: mask + 1, "'data.classes=[class_1, class_2]' data.reduce_zero_label=true"),
+        (lambda mask: mask * 4 + 3, "'data.classes={class_0: {ids: [3]}, class_1: {ids: [7]}}'"),
+        (
+            lambda mask: np.array([[0, 0, 0], [9, 8, 7]], np.uint8)[mask],
+            "2 colours; name them by data.mask_values=colors "
+            "'data.classes={class_0: {color: [0, 0, 0]}, class_1: {color: [9, 8, 7]}}'",
+        ),
+    ],
+)
+def test_check_suggests_classes_where_none_are_given(make, suggestion, potholes, capsys) -> None:
+    for path in potholes.glob("masks/*/*.png"):
+        mask = make(np.array(Image.open(path)))
+        Image.fromarray(mask).save(path)
+    code, printed, error = checked(capsys, "data=folder", f"data.root={potholes}")
+    assert code == 1 and error.startswith("error: 'data.classes' is not set: the 7 masks looked at hold ")
+    assert error.endswith(suggestion) and len(printed.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["data=foldr"], "no config data=foldr (did you mean 'folder'?)"),
+        (["data=folder", "data.crop_sze=3"], "unknown key 'data.crop_sze' (did you mean 'crop_size'?)"),
+        (["data=folder"], "'data.root' is not set: add data.root=... to the command"),
+        (["--show", "-1"], "--show is -1, expected a number of samples of at least 0"),
+        (["-cd", "nowhere"], "nowhere is not a folder, expected one of configurations"),
+        (
+            ["data=camvid", "data.root=x", "data.ignore=some"],
+            "data.ignore is 'some', expected a list of raw mask values",
+        ),
+    ],
+)
+def test_what_check_cannot_do_is_one_sentence(command, sentence, capsys) -> None:
+    code, _, error = checked(capsys, *command)
+    assert code == 1 and sentence in error
+
+
+def test_check_measures_the_bands_that_training_asks_for(tmp_path, capsys) -> None:
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for number in range(2):
+            np.save(tmp_path / "images" / split / f"{number}.npy", np.full((40, 40, 5), 10 * number, np.uint8))
+            Image.new("L", (40, 40), number).save(tmp_path / "masks" / split / f"{number}.png")
+    command = ["data=folder", f"data.root={tmp_path}", "data.classes=[a,b]", "data.bands=5", "data.crop_size=32"]
+    code, printed, _ = checked(capsys, *command, "--full", "--output", tmp_path / "out")
+    assert code == 0
+    assert f"train: data.mean=[{','.join(['5.000'] * 5)}] data.std=[{','.join(['5.000'] * 5)}]" in printed

@@ -2,9 +2,10 @@ import json
 
 import torch
 
+from segformer.files import new_folder
 from segformer.inference import Protocol
 from segformer.metrics import Scores
-from segformer.report import describe, new_folder, write_report
+from segformer.report import describe, write_report
 
 
 def test_absent_classes_are_null_in_json_and_a_dash_in_markdown(tmp_path, capsys) -> None:
@@ -32,7 +33,7 @@ def test_a_report_without_any_label_says_so_instead_of_failing(tmp_path) -> None
 
 
 def test_folders_are_never_shared(tmp_path) -> None:
-    folders = {new_folder(str(tmp_path), "b0", "toy") for _ in range(3)}
+    folders = {new_folder(tmp_path / "b0_toy") for _ in range(3)}
     assert len(folders) == 3 and all(folder.parent == tmp_path / "b0_toy" for folder in folders)
 
 

@@ -56,7 +56,7 @@ def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 def told(result: tuple[int, str, str]) -> str:
     """The one sentence of a refused command."""
     code, _, err = result
-    lines = [line for line in err.splitlines() if line.strip()]
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("warning: ")]
     assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
 

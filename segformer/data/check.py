@@ -5,9 +5,7 @@ import io
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,8 +25,8 @@ from segformer.data.sampler import mix
 from segformer.data.samples import Sample, Source, Stream
 from segformer.data.statistics import Survey, label_of, spread, survey
 from segformer.errors import SharedError, UserError, process
-from segformer.files import to_json, write_atomically
-from segformer.labels import IGNORE, Classes, distinct_colors, rgb
+from segformer.files import new_folder, to_json, write_atomically
+from segformer.labels import IGNORE, Classes, UndeclaredValues, distinct_colors, rgb
 from segformer.visualize import as_rgb, overlay
 
 SPLITS = ("train", "val")
@@ -242,7 +240,7 @@ def _naming(values: Sequence[int], colors: bool) -> str:
 
 def write(report: Report, data: SegmentationData, name: str, output: str, shown: int = 8) -> Path:
     """Writes check.json and check.html into a new folder `output/name/timestamp`, which it returns."""
-    folder = _new_folder(Path(output, name))
+    folder = new_folder(Path(output, name))
     facts = {"data": name, **report.facts()}
     sheets = {one.split: _sheet(data, one.split, shown) for one in report.surveys}
     page = Environment(autoescape=True, loader=FileSystemLoader(TEMPLATES)).get_template("check.html")
@@ -270,16 +268,18 @@ def _drawn(data: SegmentationData, split: str, place: int, sample: Sample, mask_
     drawn: dict[str, Any] = {"name": sample.name, "mask_name": mask_name}
     try:
         image, raw = sample.read()
-        drawn["image"] = _embedded(as_rgb(image))
-        drawn["label"] = _embedded(_raw_colors(raw))  # stays where the mask has no meaning
+    except Exception as error:  # a source of the user's own raises what it likes
+        return drawn | {"error": " ".join(str(error).split()) or type(error).__name__}
+    drawn["image"] = _embedded(as_rgb(image))
+    try:
         mask = data.encoder.whole(raw, mask_name)
-        drawn["label"], drawn["legend"] = _embedded(as_rgb(image), mask, data.classes), _legend(mask, data.classes)
-        if split == "train":
-            encode = partial(data.encoder.part, name=mask_name)
-            crop, mask = data.transform(image, raw, mix(data.seed, place), encode)
-            drawn["crop"], drawn["crop_label"] = _embedded(as_rgb(crop)), _embedded(as_rgb(crop), mask, data.classes)
-    except Exception as error:  # it is told where the sample stands; a source of the user's own raises what it likes
-        drawn["error"] = " ".join(str(error).split())
+    except UserError as error:  # shown as it is, each value in a colour
+        what = "values that no class declares: " if isinstance(error, UndeclaredValues) else ""
+        return drawn | {"label": _embedded(_raw_colors(raw)), "error": f"{what}{error}"}
+    drawn |= {"label": _embedded(as_rgb(image), mask, data.classes), "legend": _legend(mask, data.classes)}
+    if split == "train":
+        crop, mask = data.transform(image, raw, mix(data.seed, place), partial(data.encoder.part, name=mask_name))
+        drawn |= {"crop": _embedded(as_rgb(crop)), "crop_label": _embedded(as_rgb(crop), mask, data.classes)}
     return drawn
 
 
@@ -297,7 +297,7 @@ def _embedded(image: np.ndarray, mask: np.ndarray | None = None, classes: Classe
 
 def _raw_colors(raw: np.ndarray) -> np.ndarray:
     """A raw mask as it is, for where its values mean nothing: each value in a colour."""
-    return raw if raw.ndim == 3 else np.vstack([[[0, 0, 0]], distinct_colors(255)]).astype(np.uint8)[raw % 256]
+    return raw if raw.ndim == 3 else np.insert(distinct_colors(255), 0, 0, axis=0)[raw.astype(np.uint8)]
 
 
 def _legend(mask: np.ndarray, classes: Classes) -> list[dict[str, Any]]:
@@ -320,18 +320,7 @@ def _without_masks(data: SegmentationData, split: str) -> Finding:
 
 def _skippable(data: SegmentationData) -> float:
     """The share of the training samples that may be broken."""
-    how, share = data._bad
-    return share if how == "skip" else 0.0
-
-
-def _new_folder(parent: Path) -> Path:
-    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    for attempt in ("", *(f"_{number}" for number in range(2, 1000))):
-        folder = parent / (stamp + attempt)
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise FileExistsError(folder)
+    return data.max_bad_share if data.on_bad_sample == "skip" else 0.0
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

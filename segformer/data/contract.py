@@ -131,8 +131,8 @@ def _photographs(evidence: Evidence) -> Finding | None:
     return Finding(
         "error",
         "no-classes",
-        f"{len(strange)} masks hold up to {max(strange.values())} different {what}, of which most are no class, as "
-        f"photographs, JPEG files and maps of instances do: {named(strange)}",
+        f"{len(strange)} of {len(evidence.plain)} masks hold up to {max(strange.values())} different {what}, of which "
+        f"most are no class, as photographs, JPEG files and maps of instances do: {named(strange)}",
         "data.ignore=rest" if "blended" in what else "export the masks as PNG, or correct the pattern of masks",
     )
 
@@ -181,7 +181,8 @@ def _grey_levels(evidence: Evidence) -> Finding | None:
     if not evidence.counts_from_zero or len(levels) < 2 or levels[0] != 0 or levels[-1] != IGNORE:
         return None
     binary = levels == [0, IGNORE]
-    if not binary and (len(levels) != len(names) or set(levels[1:-1]) - evidence.undeclared):
+    even = np.abs(np.linspace(0, IGNORE, len(levels)) - levels).max() <= 1
+    if not binary and (not even or len(levels) != len(names) or set(levels[1:-1]) - evidence.undeclared):
         return None
     own = [*names] if len(levels) == len(names) else ["background", names[-1] if len(names) == 1 else "NAME"]
     if len(set(own)) < len(own):
@@ -316,7 +317,8 @@ def _colors(evidence: Evidence) -> Finding | None:
     files, colors = named([one.mask_name for one in wrong]), _sum(wrong)
     if max(one.distinct for one in wrong) > MANY_COLORS:
         most = max(one.distinct for one in wrong)
-        sentence = f"{len(wrong)} masks hold up to {most} RGB colours, as photographs and JPEG files do: {files}"
+        count = f"{len(wrong)} of {len(evidence.masks)} masks hold up to {most} RGB colours"
+        sentence = f"{count}, as photographs and JPEG files do: {files}"
         return Finding("error", "photographs", sentence, "export the masks as PNG, or correct the pattern of masks")
     told, fix = _palette(evidence, set(colors)) or _unknown_colors(colors)
     sentence = f"{len(wrong)} of {len(evidence.masks)} masks hold RGB colours, expected class ids ({told}): {files}"
@@ -375,7 +377,8 @@ def _raw_ids_named_train_ids(evidence: Evidence) -> Finding | None:
     return Finding(
         "error",
         "raw-ids",
-        f"{len(wrong)} masks are named as train ids (data.train_ids) but hold {', '.join(map(str, beyond[:10]))}, "
+        f"{len(wrong)} of {len(evidence.masks)} masks are named as train ids (data.train_ids) but hold "
+        f"{', '.join(map(str, beyond[:10]))}, "
         f"which no train id of {len(evidence.classes)} classes is: {named([one.mask_name for one in wrong])}",
         "data.train_ids=null if they hold raw ids",
     )

@@ -109,8 +109,9 @@ class SegmentationData(pl.LightningDataModule):
         )
         self.specs = {"train": train, "val": val}
         self.root, self.cache, self.check = root, cache, check
+        self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
         self.datasets: dict[str, SegmentationDataset | Stream] = {}
-        self._max_pixels, self._bad = max_pixels, (on_bad_sample, max_bad_share)
+        self._max_pixels = max_pixels
 
     def source(self, split: str) -> Source | Stream:
         """The raw samples of "train" or "val"."""
@@ -126,7 +127,7 @@ class SegmentationData(pl.LightningDataModule):
         for name, value, plain in (
             ("cache", self.cache, None),
             ("sampling.name", self.sampling.name, "uniform"),
-            ("on_bad_sample", self._bad[0], "error"),
+            ("on_bad_sample", self.on_bad_sample, "error"),
         ):
             if value != plain:
                 raise UserError(
@@ -147,10 +148,8 @@ class SegmentationData(pl.LightningDataModule):
             raise UserError(f"data.{split} has images without masks: they can be predicted, not scored or trained on")
         if split != "train":
             return SegmentationDataset(source, self.encoder)
-        how, share = self._bad
-        return SegmentationDataset(
-            source, self.encoder, self.transform, Skipped(len(source), share) if how == "skip" else None
-        )
+        skipped = Skipped(len(source), self.max_bad_share) if self.on_bad_sample == "skip" else None
+        return SegmentationDataset(source, self.encoder, self.transform, skipped)
 
     def images(self, split: str) -> int | None:
         """The number of samples of an opened split, where it is known."""

@@ -47,9 +47,7 @@ def _twice(survey: Survey) -> Finding | None:
     extra = sum(len(group) - 1 for group in groups)
     pairs = named([" = ".join(group[:2]) for group in groups])
     level: Level = "warning" if extra > 0.01 * len(survey.records) else "note"
-    return Finding(
-        level, "twice", f"{extra} images of data.{survey.split} are there twice: {pairs}", "remove one of each"
-    )
+    return Finding(level, "twice", f"data.{survey.split} holds {_images(extra)} twice: {pairs}", "remove one of each")
 
 
 def _shared(surveys: Sequence[Survey]) -> Finding | None:
@@ -60,7 +58,7 @@ def _shared(surveys: Sequence[Survey]) -> Finding | None:
     both = [f"{known[one.digest]} = {one.name}" for one in val.records if one.digest in known]
     if not both:
         return None
-    sentence = f"{len(both)} images of data.{val.split} are in data.{train.split} too, so val/miou is too good"
+    sentence = f"data.{val.split} shares {_images(len(both))} with data.{train.split}, so val/miou is too good"
     return Finding("warning", "leak", f"{sentence}: {named(both)}", "remove them from one of the two")
 
 
@@ -93,7 +91,7 @@ def _unlabelled_masks(evidence: Evidence) -> Finding | None:
         return None
     empty = [one.mask_name for one, empty in zip(evidence.masks, unlabelled, strict=True) if empty]
     level: Level = "warning" if unlabelled.mean() > 0.01 else "note"
-    sentence = f"{len(empty)} masks mean no label in every pixel: {named(empty)}"
+    sentence = f"{len(empty)} of {len(unlabelled)} masks mean no label in every pixel: {named(empty)}"
     return Finding(level, "empty-masks", sentence, "leave them out")
 
 
@@ -132,7 +130,7 @@ def _lost(evidence: Evidence) -> Finding | None:
     listed = ", ".join(f"{evidence.classes.names[label]!r} in {often[label]:.0%}" for label in shown)
     more = f" and {len(often) - 10} more" if len(often) > 10 else ""
     return Finding(
-        "warning" if any(share > 0.5 for share in often.values()) else "note",
+        "warning" if any(often[label] > 0.5 and there[label] >= 10 for label in often) else "note",
         "lost",
         "the network's label map has a quarter of the sides, and some classes are so small that they fall between its "
         f"points: {listed}{more} of the masks that have them",
@@ -144,3 +142,7 @@ def _some(names: Sequence[str], chosen: Any) -> str:
     found = [repr(name) for name, one in zip(names, chosen, strict=True) if one]
     more = f" and {len(found) - 10} more" if len(found) > 10 else ""
     return f"class{'es' * (len(found) > 1)} {', '.join(found[:10])}{more} occur{'s' * (len(found) == 1)}"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"

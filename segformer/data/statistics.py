@@ -21,7 +21,7 @@ from tqdm import tqdm
 from segformer.data.dataset import Encoder
 from segformer.data.samples import Sample, Source, Stream, require_equal_sizes
 from segformer.data.transforms import scaled_size
-from segformer.errors import UserError
+from segformer.errors import UserError, process
 from segformer.labels import IGNORE, Classes, WrongKind
 
 MAX_VALUES = 4096  # different values kept of one mask, the commonest: a photograph in place of a mask has more
@@ -189,7 +189,7 @@ def survey(
         places = spread(total, samples)
         processes = (_cores() if len(places) > FEW else 0) if processes is None else processes
         look, expected = Look(source, places, encoder, images, base_size), len(places)
-    records = list(_bar(_records(look, processes), expected, split, quiet))
+    records = list(_bar(_records(look, processes), expected, split, quiet or process() > 0))
     if isinstance(source, Stream) and (samples is None or len(records) < samples):
         total = len(records)
     return Survey(split, records, total)

@@ -33,11 +33,14 @@ class TrainTransform:
     """(image, raw mask, seed, encode) -> augmented (h, w, C) uint8 and (h, w) uint8 train ids, 255 = ignore.
 
     crop_size: (h, w). base_size: (long, short) that the scale multiplies, None = the image's own size. scale: range of
-    the uniform factor. cat_max_ratio: a window that one class fills to this share of its labels is drawn again. exact:
-    the published pixels, by resizing the whole image, counting every label and turning colours to HSV and back for
-    saturation and for hue; else the part that the window shows is rounded to whole pixels before it is resized (a shift
-    below one pixel), a grid of labels is counted and one turn serves both. augment: more transforms of albumentations,
-    `[{GaussianBlur: {p: 0.2}}]`, between colours and padding. fill: the colour of the padding, one value per channel.
+    the uniform factor. cat_max_ratio: a window that one class fills to this share of its labels is drawn again.
+    augment: more transforms of albumentations, `[{GaussianBlur: {p: 0.2}}]`, between colours and padding. fill: the
+    colour of the padding, one value per channel.
+
+    exact: the published pixels, bit by bit: the whole image is resized, every label of a window counted, and colours
+    turn to HSV and back for saturation and again for hue. Else, in less than half the time, a window is rounded to
+    whole pixels of the image, which shifts it by less than one, a grid of its labels is counted, one turn to HSV serves
+    both, and a part that is enlarged gets its colours before: the same distribution, and colours a grey level apart.
     """
 
     def __init__(
@@ -64,24 +67,19 @@ class TrainTransform:
         if self.exact:
             image, raw = _resize(image, size, cv2.INTER_LINEAR), _resize(raw, size, cv2.INTER_NEAREST)
         window = self._window(raw, size, draw, encode)
-        shown, height, width = _part(raw, window, size), *(inside.stop - inside.start for inside in window)
-        image = _resize(image[shown], (height, width), cv2.INTER_LINEAR)
-        mask = _encoded(raw[shown], (height, width), encode)
-        if draw.random() < 0.5:
-            image, mask = cv2.flip(image, 1), cv2.flip(mask, 1)
-        image = distort(image, draw, self.exact)
+        image, mask = self._crop(image, raw, window, size, draw, encode)
         if self.compose is not None:
             image, mask = self._augmented(image, mask, seed, draw)
         image = image.reshape(*mask.shape, channels)  # OpenCV drops the axis of a single channel
         return _pad(image, self.crop_size, self.fill), _pad(mask, self.crop_size, [IGNORE])
 
     def _window(self, raw: np.ndarray, size: Size, draw: random.Random, encode: Encode) -> Window:
-        """A uniform window of the scaled image; one with a single class, or one that is too large, is drawn again."""
+        """A uniform window of the scaled image, drawn again while one class fills it, at most ten times."""
         window = self._anywhere(size, draw)
         for _ in range(MAX_REDRAWS):
             labels = encode(raw[_part(raw, window, size, None if self.exact else SAMPLES)])
             counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)[:IGNORE]
-            if (counts > 0).sum() > 1 and counts.max() < self.cat_max_ratio * counts.sum():
+            if counts.max() < self.cat_max_ratio * counts.sum():  # so never where there is one class, or none
                 break
             window = self._anywhere(size, draw)
         return window
@@ -93,6 +91,21 @@ class TrainTransform:
             for start, side, crop in zip(starts, size, self.crop_size, strict=True)
         )
         return rows, columns
+
+    def _crop(
+        self, image: np.ndarray, raw: np.ndarray, window: Window, size: Size, draw: random.Random, encode: Encode
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the window shows, at its size, flipped by a fair coin and with other colours."""
+        shown, (height, width) = _part(raw, window, size), (inside.stop - inside.start for inside in window)
+        flipped, image = draw.random() < 0.5, image[shown]
+        enlarged = image.shape[0] * image.shape[1] < height * width  # never so in the exact form
+        if enlarged:
+            image = distort(image, draw)
+        image = _resize(image, (height, width), cv2.INTER_LINEAR)
+        mask = _encoded(raw[shown], (height, width), encode)
+        if flipped:
+            image, mask = cv2.flip(image, 1), cv2.flip(mask, 1)
+        return image if enlarged else distort(image, draw, self.exact), mask
 
     def _augmented(
         self, image: np.ndarray, mask: np.ndarray, seed: int, draw: random.Random
@@ -176,7 +189,7 @@ def _part(raw: np.ndarray, window: Window, size: Size, samples: int | None = Non
         start = min(int(inside.start * side / scaled + 0.5), side - 1)
         stop = max(int(inside.stop * side / scaled + 0.5), start + 1)
         step = max(1, (stop - start) // samples) if samples else 1
-        parts.append(slice(start + step // 2, stop, step))
+        parts.append(slice(start, stop, step))
     return parts[0], parts[1]
 
 

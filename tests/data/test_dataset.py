@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from segformer.data.dataset import Encoder, SegmentationDataset, Skipped, StreamedDataset, collate
-from segformer.data.sampler import Draw, Sampling, TrainingBatches
 from segformer.data.pairs import Pairs
+from segformer.data.sampler import Draw, Sampling, TrainingBatches
 from segformer.data.samples import Sample, Source, Stream
 from segformer.data.toy import CLASSES, ToyScenes
 from segformer.data.transforms import TrainTransform

@@ -12,7 +12,6 @@ def uniform(length: int, seed: int):
     return Sampling().order(seed, np.zeros((length, 1)))
 
 
-
 def steps(count: int, *, start: int = 0, **layout: int) -> list[set]:
     """The samples of each optimiser step over all processes and accumulated batches."""
     world, accumulate = layout.get("world", 1), layout.get("accumulate", 1)

@@ -123,6 +123,18 @@ def test_only_the_window_is_read() -> None:
     out_image, out_mask = transform()(image, raw, 0, lambda part: looked_up.append(part.size) or same(part))
     assert out_image.shape == (48, 64, 3) and (out_mask == 0).all()
     assert max(looked_up) <= 48 * 64 * 4  # of a window at half the scale
+    looked_up.clear()
+    transform(crop_size=(1000, 1000))(image, raw, 0, lambda part: looked_up.append(part.size) or same(part))
+    assert len(looked_up) == 10 + 1 and max(looked_up[:-1]) <= 256 * 256  # a grid tells whether one class fills it
+
+
+@BOTH
+@pytest.mark.parametrize(("scale", "crop"), [(9.0, (2, 3)), (1 / 9, (48, 64)), (0.001, (1, 1))])
+def test_a_window_shows_something_at_any_scale(scale, crop, exact) -> None:
+    image, mask = sample(20, 30)
+    for seed in range(100):
+        out_image, out_mask = transform(scale=(scale, scale), crop_size=crop, exact=exact)(image, mask, seed, same)
+        assert out_image.shape == (*crop, 3) and out_mask.shape == crop and out_mask[0, 0] < 4
 
 
 @BOTH
@@ -408,13 +420,13 @@ def test_the_seed_decides_the_added_transforms_too_and_none_tells_another() -> N
     for seed in range(10):
         first, second = augment(image, mask, seed, same), augment(image, mask, seed, same)
         assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
-    ramp = np.arange(8)[:, None].repeat(8, 1).astype(np.uint8) * 8 + np.arange(8, dtype=np.uint8)
-    flips = np.zeros((2, 2), int)
-    still = transform(crop_size=(8, 8), scale=(1.0, 1.0), augment=[{"VerticalFlip": None}])
+    both, dark = np.zeros((2, 2), int), np.full((8, 8, 3), 50, np.uint8)  # at most 123 after brightness and contrast
+    half = np.arange(8, dtype=np.uint8)[:, None].repeat(8, 1) // 4
+    augment = transform(crop_size=(8, 8), scale=(1.0, 1.0), augment=[{"VerticalFlip": None}, {"InvertImg": None}])
     for seed in range(1000):
-        corner = still(ramp[..., None].repeat(3, 2), ramp, seed, same)[1][0, 0]
-        flips[corner // 8 > 0, corner % 8 > 0] += 1
-    assert chi2_contingency(flips).pvalue > 0.001 and flips.min() > 200
+        image, mask = augment(dark, half, seed, same)
+        both[mask[0, 0], int(image.mean() > 127)] += 1
+    assert both.min() > 200, both
 
 
 @pytest.mark.parametrize(
