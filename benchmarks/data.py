@@ -44,6 +44,7 @@ class Data(NamedTuple):
     name: str
     files: list[tuple[Path, Path]]
     classes: Classes
+    relabel: Callable[[np.ndarray], np.ndarray]  # ids of the files -> train ids, as one writes it in a line
     crop: int
     base: tuple[int, int]
 
@@ -85,7 +86,7 @@ def ade20k(folder: Path, options: Any) -> Data:
     size = options.size
     files = write(folder / "ade", options.files, (size, round(size * 4 / 3)), ".jpg", range(151))
     classes = Classes.from_config([str(index) for index in range(150)], reduce_zero_label=True)
-    return Data("ADE20K", files, classes, size, (4 * size, size))
+    return Data("ADE20K", files, classes, lambda ids: ids - np.uint8(1), size, (4 * size, size))
 
 
 def cityscapes(folder: Path, options: Any) -> Data:
@@ -93,7 +94,8 @@ def cityscapes(folder: Path, options: Any) -> Data:
     files = write(folder / "streets", options.files // 2, (height, width), ".png", range(34))
     ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     classes = Classes.from_config({str(index): {"ids": [index]} for index in ids}, ignore="rest")
-    return Data("Cityscapes", files, classes, height, (width, height))
+    table = classes.lookup[:256].astype(np.uint8)
+    return Data("Cityscapes", files, classes, lambda ids: table[ids], height, (width, height))
 
 
 def write(folder: Path, count: int, size: tuple[int, int], suffix: str, ids: range) -> list[tuple[Path, Path]]:
@@ -206,7 +208,7 @@ def from_dataset(dataset: SegmentationDataset) -> Callable[[], None]:
 def albumentations(data: Data) -> Callable[[], None]:
     import albumentations as A
 
-    crop, table = data.crop, data.classes.lookup[:256].astype(np.uint8)
+    crop = data.crop
     augment = A.Compose(
         [
             A.RandomScale(scale_limit=(-0.5, 1.0), p=1),
@@ -223,7 +225,7 @@ def albumentations(data: Data) -> Callable[[], None]:
     def run() -> None:
         for image, mask in data.files:
             pixels = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
-            labels = cv2.LUT(cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE), table)
+            labels = data.relabel(cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE))
             sample = augment(image=pixels, mask=labels)
             sample["mask"].long()
 
@@ -235,7 +237,7 @@ def torchvision(data: Data) -> Callable[[], None]:
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms import v2
 
-    crop, table = data.crop, data.classes.lookup[:256].astype(np.uint8)
+    crop = data.crop
     fill = {tv_tensors.Image: list(PAD), tv_tensors.Mask: 255}
     augment = v2.Compose(
         [
@@ -252,7 +254,7 @@ def torchvision(data: Data) -> Callable[[], None]:
         for image, mask in data.files:
             pixels = tv_tensors.Image(decode_image(str(image), ImageReadMode.RGB))
             ids = decode_image(str(mask), ImageReadMode.GRAY)[0].numpy()
-            augment(pixels, tv_tensors.Mask(cv2.LUT(ids, table)))
+            augment(pixels, tv_tensors.Mask(data.relabel(ids)))
 
     return repeated(run)
 

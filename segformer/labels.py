@@ -147,7 +147,12 @@ class Classes:
         return lookup
 
     def looks_encoded(self, raw: np.ndarray) -> bool:
-        """Whether a mask holds train ids by the look of it: 255 as ignore and nothing else beyond the classes."""
+        """Whether a mask holds train ids by the look of it: 255 as ignore and nothing else beyond the classes.
+
+        Not told where some train id is no raw value at all, so that the contract itself would refuse such masks.
+        """
+        if (self.lookup[: len(self)] == _UNDECLARED).any():
+            return False
         return bool((raw == IGNORE).any() and not ((raw >= len(self)) & (raw != IGNORE)).any())
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from segformer.checkpoints import Pretrained, load_checkpoint
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import SharedError, UserError
-from segformer.files import write_atomically
+from segformer.files import absolute, write_atomically
 
 # what may differ when a run goes on: where it computes, never what it computes
 _MAY_CHANGE = (
@@ -261,8 +261,9 @@ def _short(path: str | os.PathLike[str]) -> str:
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Paths are relative to where the command starts: made absolute before anything stores them."""
     config = {**config, "data": dict(config["data"]), "model": dict(config["model"])}
-    if config["data"].get("root"):
-        config["data"]["root"] = os.path.abspath(os.path.expanduser(str(config["data"]["root"])))
-    if config["model"].get("pretrained") and Path(config["model"]["pretrained"]).exists():
-        config["model"]["pretrained"] = os.path.abspath(config["model"]["pretrained"])
+    for section, key in (("data", "root"), ("model", "pretrained")):
+        if config[section].get(key):
+            config[section][key] = absolute(str(config[section][key]))
+    if config["data"].get("cache"):  # is made where it is not there yet
+        config["data"]["cache"] = os.path.abspath(os.path.expanduser(config["data"]["cache"]))
     return config

@@ -1,6 +1,5 @@
 """Each dataset as a user runs it: its YAML and a root, on a tree laid out as the real one is."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -102,7 +101,7 @@ def test_images_without_masks_are_read_and_not_scored(tmp_path: Path) -> None:
 def test_unannotated_pixels_of_coco_ask_for_a_decision(tmp_path: Path) -> None:
     tree = trees.coco(tmp_path / "coco")
     objects = ["data.classes={person: {ids: [1]}, cat: {ids: [17]}, toothbrush: {ids: [90]}}"]
-    with pytest.raises(UserError, match=r"values that none of the 3 classes declares|0 in "):
+    with pytest.raises(UserError, match="^0 in 3254 of 5120 pixels"):
         read(loaders(tree._replace(overrides=objects)), "val")
     ignored = loaders(tree._replace(overrides=[*objects, "data.ignore=[0]"]))
     for name, (_, ids) in read(ignored, "val").items():
@@ -144,37 +143,33 @@ def test_a_dataset_trains_and_is_scored(name: str, here, run, tmp_path: Path) ->
     trained_and_scored(run, here, TREES[name](tmp_path / "data"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # with those above
 def test_colours_train_and_are_scored(here, run, tmp_path: Path) -> None:
     tree = trees.camvid_rgb(tmp_path / "data")
     assert trained_and_scored(run, here, tree._replace(samples={}))["images"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # half a minute, most of it in 101 frames of CamVid
 @pytest.mark.parametrize("data", ["camvid", "ade20k", "cityscapes"])
 def test_real_images_train_and_are_scored(data: str, here, run, shared: Path, tmp_path: Path) -> None:
-    tree = Tree(data, tmp_path / "data", {})
-    if data == "camvid":
-        (tmp_path / "data").symlink_to(shared / "camvid")
-    links = {
+    """Of the samples, which have validation images only, the same ones for training."""
+    samples = {
+        "camvid": ("camvid", ("images", "annotations"), {"train": "train", "val": "val"}),
         "ade20k": (
             "ade20k_sample/ADEChallengeData2016",
-            "{}/{}",
             ("images", "annotations"),
-            ("training", "validation"),
+            {"training": "validation", "validation": "validation"},
         ),
-        "cityscapes": ("cityscapes_sample", "{}/{}", ("leftImg8bit", "gtFine"), ("train", "val")),
+        "cityscapes": ("cityscapes_sample", ("leftImg8bit", "gtFine"), {"train": "val", "val": "val"}),
     }
-    if data in links:
-        sample, pattern, kinds, splits = links[data]
-        for kind in kinds:
-            for split in splits:
-                link = tree.root / pattern.format(kind, split)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(shared / sample / pattern.format(kind, splits[1]))
-    report = trained_and_scored(run, here, tree, "trainer.limit_val_batches=2")
+    folder, kinds, splits = samples[data]
+    for kind in kinds:
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for split, there in splits.items():
+            (tmp_path / "data" / kind / split).symlink_to(shared / folder / kind / there)
+    report = trained_and_scored(run, here, Tree(data, tmp_path / "data", {}), "trainer.limit_val_batches=2")
     assert report["split_images"] == {"camvid": 101, "ade20k": 2, "cityscapes": 1}[data]
-    assert np.isfinite(json.loads(json.dumps(report["miou"])))
+    assert 0 <= report["miou"] <= 1
 
 
 def test_a_hub_id_is_no_path(here, run) -> None:

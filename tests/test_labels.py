@@ -45,8 +45,11 @@ def test_masks_of_class_indices_pass_by_the_raw_ids() -> None:
     ("values", "expected"), [([0, 1, 255], True), ([0, 7, 255], False), ([0, 1], False), ([26], False)]
 )
 def test_the_look_of_train_ids_is_the_ignore_value_without_higher_ids(values, expected) -> None:
-    classes = Classes.from_config({"road": {"ids": [7]}, "car": {"ids": [26]}})
+    table = {"road": {"ids": [7]}, "car": {"ids": [26]}}
+    classes = Classes.from_config(table, [0, 1, 255])
     assert classes.looks_encoded(np.array([values], np.uint8)) is expected
+    # where a train id is no raw value the contract refuses such a mask by itself
+    assert not Classes.from_config(table).looks_encoded(np.array([values], np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,10 @@ def test_other_numbers_of_bands_are_read_as_they_are(tmp_path) -> None:
     ("name", "make", "bands", "sentence"),
     [
         ("rgb.png", lambda path: Image.new("RGB", (6, 4)).save(path), 4, "rgb.png is a RGB image, expected 4 bands"),
-        ("few.npy", lambda path: np.save(path, np.zeros((4, 6, 2), np.uint8)), 5, r"shape \(4, 6, 2\), expected \(H, W, 5"),
+        ("few.npy", lambda path: np.save(path, np.zeros((4, 6, 2), np.uint8)), 5, r"shape .4, 6, 2., expected .H, W"),
         ("float.npy", lambda path: np.save(path, np.zeros((4, 6, 5))), 5, "holds float64 .* of uint8 or uint16"),
-        ("cut.npy", lambda path: path.write_bytes(b"\x93NUMPY"), 5, "cannot read image .*cut.npy: .*; replace or remove"),
-        ("pickle.npy", lambda path: np.save(path, np.array([{}]), allow_pickle=True), 5, "cannot read image .*pickle.npy"),
+        ("cut.npy", lambda path: path.write_bytes(b"\x93NUMPY"), 5, "cannot read image .*cut.npy: .*; replace"),
+        ("pickle.npy", lambda path: np.save(path, np.array([{}]), allow_pickle=True), 5, "cannot read image .*pickle"),
         ("cut.tif", lambda path: path.write_bytes(b"II*\0" + bytes(20)), 5, "cannot read image .*cut.tif"),
     ],
 )  # fmt: skip

@@ -204,7 +204,7 @@ def _places(evidence: Evidence) -> Finding | None:
     count, classes = len(evidence.classes), evidence.classes
     if classes.of_colors or evidence.counts_from_zero:
         return None
-    if evidence.encoder.train_ids is not None:  # what `Encoder.whole` refuses
+    if evidence.encoder.train_ids is not None and (classes.lookup[:count] >= 0).all():  # what `Encoder.whole` refuses
         look = [one for one in evidence.plain if not one.colors and _of_places(one.values, count, needs_ignore=True)]
         if look:
             return _looks_like_places(look, count)
