@@ -13,7 +13,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from segformer.data.pairs import Pairs
@@ -122,16 +121,9 @@ def run(count: int) -> Counter[str]:
     return Counter(outcome for outcome, _, _ in found)
 
 
-def test_a_thousand_damaged_files_give_a_sample_or_a_sentence() -> None:
-    counts = run(1000)
-    assert counts["sentence"] > 300 and counts["sample"] > 50
-
-
-@pytest.mark.slow  # half a minute to some minutes: the same for ten thousand
 def test_ten_thousand_damaged_files_give_a_sample_or_a_sentence() -> None:
     counts = run(10_000)
-    print(dict(counts))
-    assert counts.total() == 10_000
+    assert counts.total() == 10_000 and counts["sentence"] > 3000 and counts["sample"] > 1000
 
 
 def sentence_of(read: Callable[[], object], names: str) -> str | None:

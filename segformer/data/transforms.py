@@ -38,7 +38,7 @@ class TrainTransform:
     colour of the padding, one value per channel.
 
     exact: the published pixels, bit by bit: the whole image is resized, every label of a window counted, and colours
-    turn to HSV and back for saturation and again for hue. Else, in less than half the time, a window is rounded to
+    turn to HSV and back for saturation and again for hue. Else, in half the time or less, a window is rounded to
     whole pixels of the image, which shifts it by less than one, a grid of its labels is counted, one turn to HSV serves
     both, and a part that is enlarged gets its colours before: the same distribution, and colours a grey level apart.
     """
