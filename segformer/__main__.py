@@ -121,7 +121,11 @@ def _processor(checkpoint: "Checkpoint") -> "SegformerImageProcessor":
     folder = source.parent if source.is_file() else locate(source, [FILE])
     if (folder / FILE).is_file():
         return SegformerImageProcessor.from_pretrained(folder)
-    return SegformerImageProcessor(size=checkpoint.training.get("data", {}).get("crop_size"))
+    bands: dict[str, Any] = {}
+    for name in ("mean", "std"):  # of images that are not ImageNet's; a processor counts from 0 to 1
+        if numbers := (checkpoint.config or {}).get(f"pixel_{name}"):
+            bands[f"image_{name}"] = [number / 255 for number in numbers]
+    return SegformerImageProcessor(size=checkpoint.training.get("data", {}).get("crop_size"), **bands)
 
 
 def _require_new(target: Path, to: str) -> None:

@@ -109,7 +109,7 @@ class Classes:
         """
         raw = self.values(raw, indices)
         if raw.dtype == np.uint8 and len(self) < _SPARE:
-            mask = cv2.LUT(raw, self._bytes(indices))
+            mask = cv2.LUT(raw, self._bytes[indices])
             undeclared = mask == _SPARE
         else:
             wide = (self._indices if indices else self.lookup)[raw]
@@ -136,9 +136,11 @@ class Classes:
             )
         return one
 
-    def _bytes(self, indices: bool) -> np.ndarray:
-        table = (self._indices if indices else self.lookup)[:256]
-        return np.where(table == _UNDECLARED, _SPARE, table).astype(np.uint8)
+    @cached_property
+    def _bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of raw values and of train ids: the lookup of a byte as bytes."""
+        raw, indices = (np.where(table == _UNDECLARED, _SPARE, table) for table in (self.lookup[:256], self._indices))
+        return raw.astype(np.uint8), indices[:256].astype(np.uint8)
 
     @cached_property
     def _indices(self) -> np.ndarray:

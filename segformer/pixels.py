@@ -3,7 +3,6 @@
 Pixels travel as uint8 and are normalised on the device, so a 512 x 512 sample weighs 1 MB with its label, not 5.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -109,12 +108,15 @@ def header(what: str, file: Readable, max_pixels: int) -> Iterator[tuple[Image.I
     data = None
     try:
         data = file.read_bytes()
-        with _bomb_limit(max_pixels), Image.open(BytesIO(data), formats=FORMATS) as image:
+        with _open(data) as image:
+            if (pixels := image.width * image.height) > max_pixels:
+                raise UserError(
+                    f"cannot read {what} {file}: its {pixels} pixels are more than data.max_pixels={max_pixels}, as a "
+                    "decompression bomb has; raise it if you trust the file"
+                )
             yield image, data
     except UserError:
         raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"cannot read {what} {file}: {error} If you trust the file, raise data.max_pixels") from error
     except UnidentifiedImageError as error:
         reason = "the file holds no image that is known here" if data else "the file is empty"
         raise UserError(f"cannot read {what} {file}: {reason}; replace or remove it") from error
@@ -123,6 +125,15 @@ def header(what: str, file: Readable, max_pixels: int) -> Iterator[tuple[Image.I
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot read {what} {file}: {reason}; replace or remove the file") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Without Pillow's own limit, a global number that it compares with the header: ours is per call."""
+    own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = own
 
 
 def decoded_fast(image: Image.Image, data: bytes, flag: int) -> np.ndarray | None:
@@ -150,7 +161,10 @@ _ORIENTATION = 0x0112  # the EXIF tag
 def _may_be_turned(image: Image.Image, data: bytes) -> bool:
     """Whether the file may hold an orientation: a PNG tells it after decoding, so the names of its places count."""
     if image.format == "PNG":
-        return any(word in data for word in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp"))
+        around = data[: data.find(b"IDAT")] + data[data.rfind(b"IDAT") :]  # of the pixels
+        return any(word in around for word in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp"))
+    if image.format == "JPEG" and image.info.keys().isdisjoint(("exif", "xmp")):
+        return False
     return _ORIENTATION in image.getexif()
 
 
@@ -204,15 +218,3 @@ def _load_tiff(file: Readable, max_pixels: int) -> np.ndarray:
         raise
     except Exception as error:  # as Pillow's decoders
         raise UserError(f"cannot read image {file}: {error}; replace or remove the file") from error
-
-
-@contextmanager
-def _bomb_limit(max_pixels: int) -> Iterator[None]:
-    """Pillow refuses what is above twice a global number, and warns above it: ours stands there during the opening."""
-    own, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels // 2
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = own

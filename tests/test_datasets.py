@@ -8,13 +8,15 @@ import datasets
 import numpy as np
 import pytest
 
+from segformer.__main__ import main
 from segformer.data.datamodule import SegmentationData
 from segformer.data.sampler import Draw
 from segformer.data.samples import Samples, Stream
 from segformer.errors import UserError, build
+from segformer.processor import SegformerImageProcessor
 from tests import test_train_evaluate as scripts
 from tests import trees
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save
 from tests.test_configs import DATASETS, composed
 from tests.trees import TREES, Tree
 
@@ -137,13 +139,11 @@ def test_what_is_no_folder_trains_and_is_scored(name: str, here, run, tmp_path: 
     trained_and_scored(run, here, TREES[name](tmp_path / "data"))
 
 
-@pytest.mark.slow  # a minute together: five steps and an evaluation of each
 @pytest.mark.parametrize("name", ["camvid_segnet", "voc2012", "coco", "hub", "cocostuff164k", "mapillary_cityscapes"])
 def test_a_dataset_trains_and_is_scored(name: str, here, run, tmp_path: Path) -> None:
     trained_and_scored(run, here, TREES[name](tmp_path / "data"))
 
 
-@pytest.mark.slow  # with those above
 def test_colours_train_and_are_scored(here, run, tmp_path: Path) -> None:
     tree = trees.camvid_rgb(tmp_path / "data")
     assert trained_and_scored(run, here, tree._replace(samples={}))["images"] == 2
@@ -170,6 +170,25 @@ def test_real_images_train_and_are_scored(data: str, here, run, shared: Path, tm
     report = trained_and_scored(run, here, Tree(data, tmp_path / "data", {}), "trainer.limit_val_batches=2")
     assert report["split_images"] == {"camvid": 101, "ade20k": 2, "cityscapes": 1}[data]
     assert 0 <= report["miou"] <= 1
+
+
+def test_five_bands_train_are_scored_and_keep_their_statistics(here, run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 3)):
+        for index in range(count):
+            mask = rng.integers(0, 2, (6, 8)).astype(np.uint8).repeat(10, 0).repeat(10, 1)
+            save(tmp_path / f"data/masks/{split}/{index}.png", mask)
+            (tmp_path / f"data/images/{split}").mkdir(parents=True, exist_ok=True)
+            np.save(
+                tmp_path / f"data/images/{split}/{index}.npy", mask[..., None] * 90 + rng.integers(0, 9, 5, np.uint8)
+            )
+    statistics = ["data.mean=[50,50,50,50,10]", "data.std=[40,40,40,40,8]"]
+    tree = Tree("folder", tmp_path / "data", {}, ["data.classes=[a,b]", "data.bands=5", *statistics])
+    assert trained_and_scored(run, here, tree)["images"] == 3
+    main(["convert", str(scripts.only_run(here) / "best.ckpt"), str(tmp_path / "hf")])
+    processor = SegformerImageProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.image_mean == pytest.approx([50 / 255] * 4 + [10 / 255])
+    assert processor.image_std == pytest.approx([40 / 255] * 4 + [8 / 255])
 
 
 def test_a_hub_id_is_no_path(here, run) -> None:

@@ -68,7 +68,7 @@ def bomb(path: Path, side: int = 60_000) -> Path:
 def test_a_decompression_bomb_is_refused_before_it_is_decoded_unless_the_limit_is_raised(tmp_path) -> None:
     path = bomb(tmp_path / "bomb.png", 14_000)
     limit = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(UserError, match=r"bomb.png: Image size \(196000000 pixels\) exceeds .* data.max_pixels"):
+    with pytest.raises(UserError, match=r"bomb.png: its 196000000 pixels are more than data.max_pixels"):
         read_image(path)
     small = bomb(tmp_path / "small.png", 1_000)
     with pytest.raises(UserError, match="data.max_pixels"):

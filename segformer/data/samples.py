@@ -102,7 +102,7 @@ class Samples(Source):
         return self.files[index][0].read_bytes()
 
     def stamp(self, index: int) -> str | None:
-        return "\n".join(_stamp(file) for file in self.files[index] if file is not None)
+        return "\n".join([f"{self.bands} bands", *(_stamp(file) for file in self.files[index] if file is not None)])
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image, mask = self.image(index), self.mask(index)

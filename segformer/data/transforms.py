@@ -54,7 +54,10 @@ class TrainTransform:
         fill: Sequence[int] = PAD,
     ) -> None:
         self.crop_size, self.base_size, self.scale, self.cat_max_ratio = crop_size, base_size, scale, cat_max_ratio
-        self.exact, self.fill = exact, fill
+        self.exact = exact
+        # what a crop is where the image ends before it
+        self.filled = np.broadcast_to(np.array(fill, np.uint8), (*crop_size, len(fill))).copy()
+        self.ignored = np.full(crop_size, IGNORE, np.uint8)
         self.compose: Any = _compose(augment) if augment else None
 
     def __call__(self, image: np.ndarray, raw: np.ndarray, seed: int, encode: Encode) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +74,7 @@ class TrainTransform:
         if self.compose is not None:
             image, mask = self._augmented(image, mask, seed, draw)
         image = image.reshape(*mask.shape, channels)  # OpenCV drops the axis of a single channel
-        return _pad(image, self.crop_size, self.fill), _pad(mask, self.crop_size, [IGNORE])
+        return _pad(image, self.filled), _pad(mask, self.ignored)
 
     def _window(self, raw: np.ndarray, size: Size, draw: random.Random, encode: Encode) -> Window:
         """A uniform window of the scaled image, drawn again while one class fills it, at most ten times."""
@@ -205,14 +208,12 @@ def _encoded(raw: np.ndarray, size: Size, encode: Encode) -> np.ndarray:
     return encode(_resize(raw, size, cv2.INTER_NEAREST))
 
 
-def _pad(image: np.ndarray, size: Size, fill: Sequence[int]) -> np.ndarray:
-    """Fills up at the bottom and on the right."""
-    height, width = image.shape[:2]
-    if (height, width) == size:
+def _pad(image: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Fills up at the bottom and on the right with what an empty crop holds there."""
+    if image.shape == empty.shape:
         return image
-    padded = np.empty((*size, *image.shape[2:]), np.uint8)
-    padded.reshape(size[0], -1)[:] = np.resize(np.array(fill, np.uint8), padded[0].size)  # whole rows: 20 times faster
-    padded[:height, :width] = image
+    padded = empty.copy()
+    padded[: image.shape[0], : image.shape[1]] = image
     return padded
 
 
