@@ -27,7 +27,7 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     from lightning.pytorch import Trainer  # not above: --help and a misspelt key need no torch
 
     from segformer import callbacks, checkpoints, files, report
-    from segformer.data.datamodule import SegmentationData
+    from segformer.data import check, datamodule
     from segformer.inference import Protocol
     from segformer.model import SegformerForSemanticSegmentation
     from segformer.task import SegmentationTask
@@ -35,7 +35,7 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     source, options = files.absolute(config["checkpoint"]), config["trainer"]
     trained = checkpoints.training_config(source, needed=own_data is None)
     section = instantiate(config["data"], _convert_="all") if own_data else trained["data"]
-    data = build("data", SegmentationData, section).opened("val")
+    data = check.quick(build("data", datamodule.SegmentationData, section).opened("val"))
     model = SegformerForSemanticSegmentation.from_pretrained(source)
     data.classes.require(model.config.id2label.values(), source)
     if options["precision"] == "checkpoint":

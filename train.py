@@ -35,8 +35,7 @@ def train(config: Any, overrides: list[str]) -> float:
     run, config, checkpoint = resume.run_folder(config, overrides)
     seed, options, optim = seed_everything(config["seed"], verbose=False), dict(config["trainer"]), config["optim"]
     section = instantiate(config["data"], _convert_="all")  # builds a `_target_` of the user's own, if there is one
-    data = build("data", datamodule.SegmentationData, section, seed=seed).opened("train", "val")
-    check.quick(data)
+    data = check.quick(build("data", datamodule.SegmentationData, section, seed=seed).opened("train", "val"))
     model, origin = build("model", build_segformer, resume.start(config, checkpoint), **data.network)
     task = SegmentationTask(model, data.protocol, optim, options["max_steps"], seed, resume.record(model, config))
     best, last = resume.BestCheckpoint(run), resume.LastCheckpoint(run, options.pop("checkpoint_interval"), config)

@@ -62,7 +62,8 @@ def _check(overrides: Sequence[str], options: argparse.Namespace) -> int:
     if section.get("bands", 3) != 3:  # so that what they should be can be measured
         section |= {key: section[key] or [1.0] * section["bands"] for key in ("mean", "std")}
     if section["classes"] is None:
-        raise suggest(build("data", SegmentationData, section | {"classes": ["class_0"]}), options.full)
+        stand_in = {"class_0": {"color": [0, 0, 0]}}
+        raise suggest(build("data", SegmentationData, section | {"classes": stand_in, "ignore": "rest"}), options.full)
     data = build("data", SegmentationData, section)
     report = check(data, options.full)
     print(report.table())

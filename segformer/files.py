@@ -7,6 +7,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 from segformer.errors import UserError
 
@@ -36,8 +37,10 @@ def locate(source: str | os.PathLike[str], wanted: Sequence[str], hub: Mapping[s
 
 
 def absolute(source: str) -> str:
-    """A local path made absolute; a hub id as it is."""
-    return os.path.abspath(os.path.expanduser(source)) if os.path.exists(os.path.expanduser(source)) else source
+    """A local path, which may lead into an archive, made absolute; a hub id as it is."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    inside = any(above.suffix.lower() == ".zip" and above.is_file() for above in path.parents)
+    return str(path) if path.exists() or inside else source
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -63,7 +66,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file that is either whole or as it was: temporary file beside it, flush, fsync, replace."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # several processes may write the same file
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -1,6 +1,7 @@
 """What a mask is: raw ids in a file -> train ids 0..K-1 through one lookup table, 255 = ignore."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,15 +52,17 @@ class Classes:
                 f"data.classes is {classes!r}, expected a list of names or {{name: {{color: ..., ids: ...}}}}"
             )
         table = classes if isinstance(classes, Mapping) else dict.fromkeys(classes)
-        if not 1 <= len(table) <= MAX_CLASSES or len(table) != len(classes):
+        if not 1 <= len(set(map(str, table))) <= MAX_CLASSES or len(set(map(str, table))) != len(classes):
             raise UserError(f"data.classes holds {len(classes)} names, expected 1 to {MAX_CLASSES} different ones")
         if mask_values not in ("ids", "colors"):
             raise UserError(f"data.mask_values is {mask_values!r}, expected ids or colors")
         entries = {str(name): _entry(str(name), value, mask_values) for name, value in table.items()}
         palette = distinct_colors(len(entries))
         for index, (name, entry) in enumerate(entries.items()):
-            if "color" in entry or "colors" in entry:
-                palette[index] = _color(f"data.classes.{name}.color", entry.get("color") or entry["colors"][0])
+            if "color" in entry:
+                palette[index] = _color(f"data.classes.{name}.color", entry["color"])
+            elif "colors" in entry:
+                palette[index] = _color(f"data.classes.{name}.colors", next(iter(entry["colors"] or ()), None))
         names = tuple(entries)
         if mask_values == "colors":
             if reduce_zero_label:
@@ -74,7 +77,7 @@ class Classes:
             for index, (name, entry) in enumerate(entries.items())
         }
         if reduce_zero_label and ignore != "rest":
-            ignore = [*ignore, 0]
+            ignore = [*_raw_ids("data.ignore", ignore), 0]
         return cls(names, palette, _lookup(_RAW_VALUES, ids, ignore, "raw mask value"))
 
     @property
@@ -192,6 +195,11 @@ def read_mask(file: Readable, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return pixels
         bits = data[24] if image.format == "PNG" else 8  # after the signature, chunk length and name, width and height
         upright(image)
+        if image.mode == "RGBA" and np.ptp(np.array(image.getchannel("A"))) > 0:
+            raise UserError(
+                f"mask {file} is partly transparent, so what it means is not told by its colours: "
+                "save it without alpha, as ids or as colours"
+            )
         if image.mode in ("RGB", "RGBA"):
             return np.array(image.convert("RGB"))
         if image.mode not in ("L", "P", "1", "I") and not image.mode.startswith("I;16"):
@@ -209,6 +217,14 @@ def read_mask(file: Readable, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             )
         return raw.astype(np.uint16)
     return raw.astype(np.uint8 if raw.itemsize == 1 else np.uint16)
+
+
+def palette(file: Readable) -> np.ndarray | None:
+    """(N, 3) uint8 colours of a mask file that has a palette, by index; None of any other."""
+    with suppress(UserError), header("mask", file, MAX_PIXELS) as (image, _):
+        colors = image.getpalette("RGB") if image.mode == "P" else None
+        return None if colors is None else np.array(colors, np.uint8).reshape(-1, 3)
+    return None
 
 
 def distinct_colors(count: int) -> np.ndarray:
@@ -252,7 +268,7 @@ def _colors_of(entries: Mapping[str, Mapping[str, Any]], palette: np.ndarray) ->
         colors = entry.get("colors", [own.tolist()])
         if not isinstance(colors, Sequence) or isinstance(colors, str):
             raise UserError(f"data.classes.{name}.colors is {colors!r}, expected a list of [red, green, blue]")
-        found[name] = [_code(_color(f"data.classes.{name}.colors", color)) for color in colors]
+        found[name] = [code(_color(f"data.classes.{name}.colors", color)) for color in colors]
     return found
 
 
@@ -280,7 +296,7 @@ def _ignored(ignore: Any, values: int) -> list[int]:
     if not isinstance(ignore, Sequence) or isinstance(ignore, str):
         raise UserError(f"data.ignore is {ignore!r}, expected a list of [red, green, blue], or rest")
     # the usual 255 of masks of ids says nothing of colours
-    return [_code(_color("data.ignore", color)) for color in ignore if color != IGNORE]
+    return [code(_color("data.ignore", color)) for color in ignore if color != IGNORE]
 
 
 def _color(where: str, color: Any) -> Sequence[int]:
@@ -293,8 +309,10 @@ def _color(where: str, color: Any) -> Sequence[int]:
     return color
 
 
-def _code(color: Sequence[int]) -> int:
-    return color[0] << 16 | color[1] << 8 | color[2]
+def code(color: Iterable[int]) -> int:
+    """A colour as 0xRRGGBB."""
+    red, green, blue = map(int, color)
+    return red << 16 | green << 8 | blue
 
 
 def _raw_ids(where: str, ids: Any) -> list[int]:

@@ -4,7 +4,7 @@ Pixels travel as uint8 and are normalised on the device, so a 512 x 512 sample w
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from typing import Protocol
 
@@ -67,6 +67,8 @@ def read_image(file: Readable, max_pixels: int = MAX_PIXELS, bands: int = 3) -> 
         if bands == 3:
             pixels = decoded_fast(image, data, cv2.IMREAD_COLOR_RGB)
             return to_rgb(upright(image), f"image {file}") if pixels is None else pixels
+        if bands == 1 and image.mode.startswith("I;16"):
+            return to_rgb(upright(image), f"image {file}")[..., :1]
         if image.mode not in _BANDS.get(bands, ()):
             raise UserError(f"image {file} is a {image.mode} image, expected {bands} bands: set data.bands to its own")
         return np.array(upright(image)).reshape(image.height, image.width, bands)
@@ -80,6 +82,14 @@ def image_size(file: Readable, max_pixels: int = MAX_PIXELS, bands: int = 3) -> 
     with header("image", file, max_pixels) as (image, data):
         turned = _may_be_turned(image, data) and image.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
         return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def orientation(file: Readable) -> int:
+    """The EXIF orientation of an image file, 1 where it has none or cannot be read."""
+    with suppress(UserError), header("image", file, MAX_PIXELS) as (image, data):
+        if _may_be_turned(image, data):
+            return int(image.getexif().get(_ORIENTATION, 1))
+    return 1
 
 
 def to_rgb(image: Image.Image, name: str) -> np.ndarray:
@@ -139,7 +149,7 @@ def _open(data: bytes) -> Image.Image:
 def decoded_fast(image: Image.Image, data: bytes, flag: int) -> np.ndarray | None:
     """The pixels by OpenCV, which is faster, for whole and upright files that both libraries read alike; else None.
 
-    The end of the file is looked at because OpenCV gives half a picture for half a file.
+    The end of the file is looked at because OpenCV before 5 gives half a picture for half a file.
     """
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         whole = data.endswith(b"\xff\xd9")
@@ -180,10 +190,10 @@ def _is_array(file: Readable, bands: int) -> bool:
 
 def _array(file: Readable, max_pixels: int, bands: int) -> np.ndarray:
     """What Pillow has no mode for: arrays, and TIFF files of any number of bands."""
-    pixels = _load_npy(file) if str(file).lower().endswith(".npy") else _load_tiff(file, max_pixels)
+    pixels = _load_npy(file) if str(file).lower().endswith(".npy") else _load_tiff(file, max_pixels, bands)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[2] != bands or pixels.dtype not in (np.uint8, np.uint16):
+    if pixels.ndim != 3 or pixels.shape[2] != bands or not pixels.size or pixels.dtype not in (np.uint8, np.uint16):
         raise UserError(
             f"image {file} holds {pixels.dtype} of shape {pixels.shape}, expected (H, W, {bands}) of uint8 or uint16: "
             "set data.bands to its own, or export it anew"
@@ -197,12 +207,12 @@ def _array(file: Readable, max_pixels: int, bands: int) -> np.ndarray:
 
 def _load_npy(file: Readable) -> np.ndarray:
     try:
-        return np.load(BytesIO(file.read_bytes()), allow_pickle=False)
+        return np.lib.format.read_array(BytesIO(file.read_bytes()), allow_pickle=False)
     except Exception as error:  # a header may ask for more memory than there is
         raise UserError(f"cannot read image {file}: {error}; replace or remove the file") from error
 
 
-def _load_tiff(file: Readable, max_pixels: int) -> np.ndarray:
+def _load_tiff(file: Readable, max_pixels: int, bands: int) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
@@ -210,8 +220,10 @@ def _load_tiff(file: Readable, max_pixels: int) -> np.ndarray:
     try:
         with tifffile.TiffFile(BytesIO(file.read_bytes())) as pages:
             page = pages.series[0]
-            if np.prod(page.shape, dtype=float) > max_pixels * 32:  # as many bands as a sensor may have
+            if np.prod(page.shape, dtype=float) > max_pixels * bands:
                 raise UserError(f"image {file} has the shape {page.shape}: raise data.max_pixels to trust it")
+            if page.keyframe.tags.valueof(_ORIENTATION, 1) != 1:
+                raise UserError(f"image {file} is turned by its orientation tag: save it upright")
             pixels = page.asarray()
             return np.moveaxis(pixels, 0, -1) if page.axes[:1] in ("S", "C", "I") and pixels.ndim == 3 else pixels
     except UserError:

@@ -19,7 +19,8 @@ from segformer.data.datamodule import SegmentationData
 from segformer.errors import SharedError, UserError
 from segformer.files import absolute, write_atomically
 
-# what may differ when a run goes on: where it computes, never what it computes
+# what may differ when a run goes on: where it computes, not what it computes (but for streams, whose order follows from
+# the number of readers)
 _MAY_CHANGE = (
     "trainer.devices",
     "trainer.num_nodes",

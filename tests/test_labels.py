@@ -177,6 +177,12 @@ def test_colour_masks_become_train_ids_several_colours_to_a_class() -> None:
         ({"a": {"colors": [[1, 2, 3]]}}, {}, "lists colors, but data.mask_values is ids: add data.mask_values=colors"),
         ({"a": {"color": [1, 2, 3]}}, {"mask_values": "colors", "ignore": [7]}, "data.ignore is 7, expected .red"),
         (["a"], {"ignore": [0]}, "raw mask value 0 is of class 'a' and in data.ignore: leave it out of one of them"),
+        ([1, "1"], {}, "data.classes holds 2 names, expected 1 to 255 different ones"),
+        (["a"], {"reduce_zero_label": True, "ignore": None}, "data.ignore is None, expected a list of raw mask values"),
+        (["a"], {"reduce_zero_label": True, "ignore": 255}, "data.ignore is 255, expected a list of raw mask values"),
+        ({"a": {"colors": []}}, {"mask_values": "colors"}, "data.classes.a.colors is None, expected .red, green, blue"),
+        ({"a": {"colors": None}}, {"mask_values": "colors"}, "data.classes.a.colors is None, expected .red"),
+        ({"a": {"color": None}}, {}, "data.classes.a.color is None, expected .red, green, blue"),
         (["a"], {"mask_values": "rgb"}, "data.mask_values is 'rgb', expected ids or colors"),
         ({"a": {"ids": [1]}}, {"reduce_zero_label": True}, "leave out the ids"),
         ({"a": {"color": [1, 2, 3]}}, {"mask_values": "colors", "reduce_zero_label": True}, "masks of ids, but"),
@@ -204,8 +210,9 @@ def test_several_raw_ids_merge_and_a_binary_mask_of_0_and_255_is_two_classes() -
 def test_colours_where_ids_are_declared_and_ids_where_colours_are_are_told() -> None:
     grey = np.array([[[1, 1, 1], [0, 0, 0]]], np.uint8)  # ids that someone saved as RGB
     assert Classes.from_config(["a", "b"]).encode(grey).tolist() == [[1, 0]]
-    with pytest.raises(WrongKind, match="holds RGB colours, expected one channel of class ids"):
-        Classes.from_config(["a", "b"]).encode(grey + np.array([0, 1, 0], np.uint8))
+    for odd in np.eye(3, dtype=np.uint8):  # whichever channel differs
+        with pytest.raises(WrongKind, match="holds RGB colours, expected one channel of class ids"):
+            Classes.from_config(["a", "b"]).encode(grey + odd)
     with pytest.raises(WrongKind, match="holds ids, expected colours: add data.mask_values=ids"):
         Classes.from_config(CAMVID, "rest", "colors").encode(grey[..., 0])
 
@@ -225,3 +232,11 @@ def test_colour_files_come_as_colours_whatever_alpha_they_have(tmp_path) -> None
     for mode in ("RGB", "RGBA"):
         Image.fromarray(raw).convert(mode).save(tmp_path / f"{mode}.png")
         assert np.array_equal(read_mask(tmp_path / f"{mode}.png"), raw)
+
+
+def test_a_mask_that_is_partly_transparent_is_refused(tmp_path) -> None:
+    raw = np.zeros((4, 4, 4), np.uint8)
+    raw[:2, :, 3] = 255
+    Image.fromarray(raw).save(tmp_path / "alpha.png")
+    with pytest.raises(UserError, match="alpha.png is partly transparent"):
+        read_mask(tmp_path / "alpha.png")

@@ -164,6 +164,8 @@ def test_other_numbers_of_bands_are_read_as_they_are(tmp_path) -> None:
         ("cut.npy", lambda path: path.write_bytes(b"\x93NUMPY"), 5, "cannot read image .*cut.npy: .*; replace"),
         ("pickle.npy", lambda path: np.save(path, np.array([{}]), allow_pickle=True), 5, "cannot read image .*pickle"),
         ("cut.tif", lambda path: path.write_bytes(b"II*\0" + bytes(20)), 5, "cannot read image .*cut.tif"),
+        ("none.npy", lambda path: np.save(path, np.zeros((0, 4, 5), np.uint8)), 5, r"shape .0, 4, 5., expected"),
+        ("many.npy", lambda path: path.write_bytes(b"PK\3\4" + bytes(40)), 5, "cannot read image .*many.npy"),
     ],
 )  # fmt: skip
 def test_images_of_other_bands_than_declared_are_told(tmp_path, name, make, bands, sentence) -> None:
@@ -176,3 +178,18 @@ def test_a_postscript_file_starts_no_interpreter(tmp_path) -> None:
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(UserError, match="holds no image that is known here"):
         read_image(tmp_path / "x.png")
+
+
+def test_a_tiff_of_many_bands_is_refused_by_its_header(tmp_path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="the extra tiff is not installed")
+    big, turned = tmp_path / "big.tif", tmp_path / "turned.tif"
+    tifffile.imwrite(big, np.zeros((60, 60, 5), np.uint8), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UserError, match=r"shape \(60, 60, 5\): raise data.max_pixels"):
+        read_image(big, max_pixels=3599, bands=5)
+    assert read_image(big, max_pixels=3600, bands=5).shape == (60, 60, 5)
+    turn = [(274, "H", 1, 6, True)]
+    tifffile.imwrite(
+        turned, np.zeros((6, 4, 5), np.uint8), photometric="minisblack", planarconfig="contig", extratags=turn
+    )
+    with pytest.raises(UserError, match="turned.tif is turned by its orientation tag: save it upright"):
+        read_image(turned, bands=5)

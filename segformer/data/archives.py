@@ -246,8 +246,9 @@ _ANEW = "make the archive anew, from the files"
 
 
 def _require_harmless(path: Path, info: zipfile.ZipInfo) -> None:
-    names, kind = (info.orig_filename, info.filename), stat.S_IFMT(info.external_attr >> 16)
-    if any(re.match("/|[A-Za-z]:", name) or re.search(r"[\0\\]", name) or ".." in name.split("/") for name in names):
+    names = [name.replace("\\", "/") for name in (info.orig_filename, info.filename)]
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if any(re.match("/|[A-Za-z]:", name) or "\0" in name or ".." in name.split("/") for name in names):
         trouble = f"is no plain name below its top: {_ANEW}"
     elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         trouble = f"is a link or a device, expected files and folders: {_ANEW}"
@@ -261,11 +262,12 @@ def _require_harmless(path: Path, info: zipfile.ZipInfo) -> None:
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    """The name as it was meant: archives made on a Mac hold UTF-8 without saying so."""
+    """The name as it was meant: archives made on a Mac hold UTF-8 without saying so, some of Windows backslashes."""
+    name = info.filename.replace("\\", "/")
     try:
-        return info.filename if info.flag_bits & 0x800 else info.filename.encode("cp437").decode()
+        return name if info.flag_bits & 0x800 else name.encode("cp437").decode()
     except UnicodeError:
-        return info.filename
+        return name
 
 
 def _reason(error: Exception) -> str:

@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
 
-from segformer.data.samples import Source, require_equal_sizes
+from segformer.data.samples import Elsewhere, Source, require_equal_sizes
 from segformer.errors import UserError
 from segformer.files import reason, write_atomically
 
@@ -19,7 +18,7 @@ DECODING = 1  # raised when what `pixels` and `labels` read from the same file c
 SPARE = 2**30  # bytes that are left for what a run itself writes
 
 
-class Cached(Source):
+class Cached(Elsewhere):
     """A source whose images and raw masks are decoded once and then mapped from `folder`, read-only.
 
     A sample is found again by its stamp, so a changed file is decoded anew, and a source without stamps is not cached.
@@ -46,6 +45,9 @@ class Cached(Source):
     def __len__(self) -> int:
         return len(self.source)
 
+    def at(self, index: int) -> tuple[Source, int]:
+        return self.source, index
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         stamp = self.stamp(index)
         if stamp is None:
@@ -59,24 +61,6 @@ class Cached(Source):
 
     def image(self, index: int) -> np.ndarray:
         return self._kept("image", index, self.stamp(index))
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def mask_name(self, index: int) -> str:
-        return self.source.mask_name(index)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.source.size(index)
-
-    def stamp(self, index: int) -> str | None:
-        try:
-            return self.source.stamp(index)
-        except OSError:  # a file that is gone: whoever reads it tells so in a sentence
-            return None
-
-    def image_bytes(self, index: int) -> bytes | None:
-        return self.source.image_bytes(index)
 
     def _kept(self, what: str, index: int, stamp: str | None) -> np.ndarray:
         decode: Callable[[int], np.ndarray] = getattr(self.source, what)
@@ -92,13 +76,11 @@ class Cached(Source):
     def _write(self, path: Path, array: np.ndarray) -> None:
         if self._stopped:
             return
-        own = path.with_suffix(f".{uuid4().hex}")  # a name that no other process writes to
         try:
             disk = shutil.disk_usage(self.folder)
             if disk.free < min(SPARE, disk.total // 20):
                 raise OSError("its disk is all but full")
-            write_atomically(own, lambda file: np.save(file, np.ascontiguousarray(array), allow_pickle=False))
-            own.replace(path)
+            write_atomically(path, lambda file: np.save(file, np.ascontiguousarray(array), allow_pickle=False))
         except OSError as error:
             self._stopped.fill_(1)
             warnings.warn(

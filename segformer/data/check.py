@@ -169,18 +169,18 @@ def check(data: SegmentationData, full: bool = False, samples: int = 200) -> Rep
     return Report(sorted(told, key=lambda one: LEVELS.index(one.level)), surveys, data.classes, full, counts)
 
 
-def quick(data: SegmentationData, samples: int | None = None) -> None:
+def quick(data: SegmentationData, samples: int | None = None) -> SegmentationData:
     """Looks at the masks and at the sizes of the images of some samples of each opened split, in about a second.
 
     samples: of each split; None = `data.check`, and 0 looks at none. They are the same ones in every process and at
-    every start. Warnings are printed by the first process.
+    every start. Warnings are printed by the first process. Returns the data.
 
     Raises:
         SharedError: the first error's sentence.
     """
     samples = data.check if samples is None else samples
     if not samples:
-        return
+        return data
     surveys = []
     for split, dataset in data.datasets.items():
         source = dataset if isinstance(dataset, Stream) else dataset.source
@@ -194,6 +194,7 @@ def quick(data: SegmentationData, samples: int | None = None) -> None:
     for found in told:
         if found.level == "warning" and not process():
             print(f"warning: {found}", file=sys.stderr)
+    return data
 
 
 def suggest(data: SegmentationData, full: bool = False, samples: int = 200) -> UserError:
@@ -220,7 +221,7 @@ def suggest(data: SegmentationData, full: bool = False, samples: int = 200) -> U
 
 def _naming(values: Sequence[int], colors: bool) -> str:
     """How masks of these values could be declared."""
-    if not values:
+    if set(values) <= {IGNORE}:
         return "there is nothing to name"
     if len(values) > 254:
         return "they are photographs or JPEG files: export the masks as PNG, or correct the pattern of masks"

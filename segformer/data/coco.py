@@ -116,7 +116,7 @@ def _pictures(path: Path, content: Mapping[str, Any]) -> dict[Any, dict[str, Any
     for entry in _entries(path, content, "images", "file_name", "height", "width"):
         if entry["id"] in pictures:
             raise UserError(f"{path} has the image id {entry['id']} twice, expected it once: number the images anew")
-        if not all(isinstance(entry[side], int) and entry[side] >= 1 for side in ("height", "width")):
+        if not all(type(entry[side]) is int and entry[side] >= 1 for side in ("height", "width")):
             raise UserError(
                 f"image {entry['id']} of {path} is {entry['width']}x{entry['height']}, expected integers of at least 1"
             )

@@ -4,11 +4,12 @@ A rule that reads values looks at a whole split rather than at a mask, because m
 class 0 where 0 means "no label" trains without a word, and scores badly.
 """
 
+import json
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from segformer.data.dataset import Encoder
 from segformer.data.statistics import Record, Survey, count_classes, fits, label_of
-from segformer.labels import IGNORE, distinct_colors, rgb
+from segformer.labels import IGNORE, code, distinct_colors, rgb
 
 NAMED = 5  # files in one sentence
 PASTED = 25  # classes at most in a fix that lists them
@@ -31,7 +32,7 @@ STREET = {"road", "sidewalk", "building", "wall", "fence", "pole", "traffic ligh
 STREET_IDS = 34  # Cityscapes counts its label ids from 0 to 33
 ADE_CLASSES = 150
 
-_SIGNS, _ESCAPED = re.compile(r"([][(){}:=,])"), r"\\\1"  # of Hydra's grammar, in a name
+_SIMPLE = re.compile(r"(?!(null|true|false|nan|inf)$)[A-Za-z_][\w .-]*(?<! )", re.ASCII | re.IGNORECASE)  # to Hydra
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
@@ -100,7 +101,10 @@ def broken_contract(encoder: Encoder, surveys: Sequence[Survey]) -> list[Finding
     """Mistakes in the meaning of the values: once where all splits have them, else split by split."""
     each, together = [_diagnosed(Evidence(encoder, [survey])) for survey in surveys], Evidence(encoder, surveys)
     if not any(each):  # a class that a small split happens to lack says nothing
-        return [found for found in [_background_twice(together)] if found]
+        told = [found for rule in (_binary, _shifted, _rest_counts_from_one) if (found := rule(together))]
+        alone = [found for survey in surveys if (found := _binary(Evidence(encoder, [survey])))]
+        # a split of few masks may hold nothing but background and what has no label
+        return told or ([replace(found, level="warning") for found in alone] if len(encoder.classes) == 2 else [])
     if len({tuple(found.what for found in one) for one in each}) == 1:
         return _diagnosed(together)
     return [found for one in each for found in one]
@@ -176,24 +180,36 @@ def _zero_as_a_class(evidence: Evidence) -> Finding | None:
 
 
 def _grey_levels(evidence: Evidence) -> Finding | None:
-    """0 and 255, or as many grey levels as there are classes: made to be looked at."""
+    """As many grey levels as there are classes, evenly spaced and undeclared: made to be looked at."""
     levels, names = sorted(evidence.values), evidence.classes.names
-    if not evidence.counts_from_zero or len(levels) < 2 or levels[0] != 0 or levels[-1] != IGNORE:
+    if not evidence.counts_from_zero or not evidence.undeclared or len(levels) < 2:
         return None
-    binary = levels == [0, IGNORE]
     even = np.abs(np.linspace(0, IGNORE, len(levels)) - levels).max() <= 1
-    if not binary and (not even or len(levels) != len(names) or set(levels[1:-1]) - evidence.undeclared):
+    if not even or set(levels[1:-1]) - evidence.undeclared or (len(levels) > 2 and len(levels) != len(names)):
         return None
+    return _made_to_be_seen(evidence, "error")
+
+
+def _binary(evidence: Evidence) -> Finding | None:
+    """0 and 255 in all splits; where there are many classes they may be what few masks happen to hold."""
+    if not evidence.counts_from_zero or sorted(evidence.values) != [0, IGNORE]:
+        return None
+    return _made_to_be_seen(evidence, "error" if len(evidence.classes) <= 2 else "warning")
+
+
+def _made_to_be_seen(evidence: Evidence, level: Level) -> Finding:
+    levels, names = sorted(evidence.values), evidence.classes.names
     own = [*names] if len(levels) == len(names) else ["background", names[-1] if len(names) == 1 else "NAME"]
     if len(set(own)) < len(own):
         own[0] = "other"
-    lost = f"so {own[-1]!r} would never be trained" if binary and own[-1] in names else "so it would never be trained"
+    known = len(levels) == 2 and own[-1] in names
+    lost = f"so {own[-1]!r} would never be trained" if known else "so it would never be trained"
     means = "means no label" if evidence.label(IGNORE) == IGNORE else "is declared nowhere"
     return Finding(
-        "error",
+        level,
         "grey-levels",
-        f"the masks hold {' and '.join(map(str, levels)) if binary else ', '.join(map(str, levels))} only, and 255 "
-        f"{means}, {lost}: {named(evidence.masks_with([IGNORE]))}",
+        f"the masks hold {' and '.join(map(str, levels)) if len(levels) == 2 else ', '.join(map(str, levels))} only, "
+        f"and 255 {means}, {lost}: {named(evidence.masks_with([IGNORE]))}",
         _classes_fix({name: f"{{ids: [{level}]}}" for name, level in zip(own, levels, strict=True)})
         + " 'data.ignore=[]'",
     )
@@ -239,13 +255,15 @@ def _of_places(values: Iterable[int], count: int, needs_ignore: bool = False) ->
     return bool(found - {IGNORE}) and (IGNORE in found or not needs_ignore) and max(found - {IGNORE}) < count
 
 
-def _background_twice(evidence: Evidence) -> Finding | None:
-    """0 is ignored although the first class is what 0 means: the last class is then one that no mask has."""
+def _shifted(evidence: Evidence) -> Finding | None:
+    """0 is ignored although it is the first class: the last class is then one that no mask has."""
     names, values = evidence.classes.names, evidence.values
-    if not evidence.counts_from_one or names[0].lower().strip() not in BACKGROUND:
+    if not evidence.counts_from_one or 0 not in values or len(names) in values or evidence.undeclared - {IGNORE}:
         return None
-    if 0 not in values or len(names) in values or evidence.undeclared - {IGNORE}:
-        return None
+    if names[0].lower().strip() not in BACKGROUND:
+        # of many classes the last one may well be rare; that it alone is missing is a sign
+        alone = values.keys() >= set(range(1, len(names)))
+        return _reduced_before(evidence) if alone or IGNORE in values else None
     share = values[0] / values.total()
     listed = "" if len(names) > PASTED else f" {_classes_fix(names)} 'data.ignore=[255]'"
     return Finding(
@@ -258,6 +276,34 @@ def _background_twice(evidence: Evidence) -> Finding | None:
     )
 
 
+def _reduced_before(evidence: Evidence) -> Finding:
+    return Finding(
+        "warning",
+        "reduced-twice",
+        f"0 means no label (data.reduce_zero_label), but {evidence.classes.names[-1]!r}, which is "
+        f"{len(evidence.classes)}, never occurs: the masks may count from 0 already: {named(evidence.masks_with([0]))}",
+        "data.reduce_zero_label=false if they are",
+    )
+
+
+def _rest_counts_from_one(evidence: Evidence) -> Finding | None:
+    """With data.ignore=rest no value is undeclared, so the one behind the last class is ignored without a word."""
+    count = len(evidence.classes)
+    rest = evidence.counts_from_zero and evidence.label(IGNORE + 1) == IGNORE
+    if not rest or 0 in evidence.values or count not in evidence.values or evidence.label(count) != IGNORE:
+        return None
+    return Finding(
+        "warning",
+        "counts-from-one",
+        f"{count} is in the masks and is ignored (data.ignore=rest), while 0, which is {evidence.classes.names[0]!r}, "
+        f"never occurs: the masks may count classes from 1: {named(evidence.masks_with([count]))}",
+        f"{_REDUCED} if they do",
+    )
+
+
+_REDUCED = "data.reduce_zero_label=true with classes that list no ids"
+
+
 def _one_more(evidence: Evidence) -> Finding | None:
     """Exactly the value after the last class is undeclared."""
     names, count = evidence.classes.names, len(evidence.classes)
@@ -268,14 +314,14 @@ def _one_more(evidence: Evidence) -> Finding | None:
         sentence = (
             f"the masks count classes from 1 to {count} and data.classes from 0, so that every class is off by one"
         )
-        return Finding("error", "counts-from-one", f"{sentence}: {files}", "data.reduce_zero_label=true")
+        return Finding("error", "counts-from-one", f"{sentence}: {files}", _REDUCED)
     longer = [*names, "NAME"] if names[0].lower() in BACKGROUND else ["background", *names]
     longer_fix = _classes_fix(longer if count < PASTED else ["background", "NAME"])
     sentence = (
         f"value {count}, which none of the {count} classes declares, is in the masks: they hold one value more than "
         "data.classes has names"
     )
-    fix = f"{longer_fix}, or data.reduce_zero_label=true if 0 means no label" if count > 1 else longer_fix
+    fix = f"{longer_fix}, or {_REDUCED} if 0 means no label" if count > 1 else longer_fix
     return Finding("error", "one-value-more", f"{sentence}: {files}", fix)
 
 
@@ -285,10 +331,8 @@ def _others(evidence: Evidence) -> Finding | None:
     shown = rgb if evidence.classes.of_colors else str
     wrong = [one for one in evidence.plain if not evidence.undeclared.isdisjoint(one.values)]
     wrong = [one for one in wrong if fits(one, evidence.classes)]
-    ignored = {value for value in evidence.values if evidence.label(value) == IGNORE}
-    if not evidence.classes.of_colors and evidence.label(IGNORE) == IGNORE:
-        ignored |= {IGNORE}
-    values = [*sorted(ignored), *sorted(evidence.undeclared)]
+    ignored = np.flatnonzero(evidence.classes.lookup == IGNORE).tolist()
+    values = [*ignored, *sorted(evidence.undeclared)]
     fix = "data.ignore=rest" if len(values) > PASTED else f"'data.ignore=[{', '.join(map(shown, values))}]'"
     fix += " if they mean no label, else list them under data.classes"
     if any(one.mask_name.lower().endswith((".jpg", ".jpeg")) for one in wrong):
@@ -337,9 +381,9 @@ def _unknown_colors(colors: Counter[int]) -> tuple[str, str]:
 
 def _palette(evidence: Evidence, colors: set[int]) -> tuple[str, str] | None:
     """Which class has which colour and what to do, where the colours are those of the classes or of Pascal VOC."""
-    names, own = evidence.classes.names, [_code(color) for color in evidence.classes.colors]
+    names, own = evidence.classes.names, [code(color) for color in evidence.classes.colors]
     usual = np.array_equal(evidence.classes.colors, distinct_colors(len(names)))
-    indexed = [BLACK, *map(_code, distinct_colors(max(len(names) - 1, 1)))][: len(names)]
+    indexed = [BLACK, *map(code, distinct_colors(max(len(names) - 1, 1)))][: len(names)]
     if not usual and colors <= {*own, BLACK}:
         table, whose = own, "those of data.classes"
     elif colors <= {*indexed, BORDER}:
@@ -398,15 +442,18 @@ def _sum(records: Iterable[Record]) -> Counter[int]:
     return total
 
 
-def _code(color: np.ndarray) -> int:
-    red, green, blue = color.tolist()
-    return red << 16 | green << 8 | blue
-
-
 def _classes_fix(classes: dict[str, str] | Sequence[str]) -> str:
-    """`'data.classes=...'` as a shell takes it, of names or of names with what stands under each."""
+    """Other classes as a shell takes them, of names or of names with what stands under each.
+
+    The old ones are taken away first: Hydra cannot turn a list into a mapping, and merges mappings.
+    """
+    plain = all(map(_SIMPLE.fullmatch, classes))
+    quoted = [name if _SIMPLE.fullmatch(name) else json.dumps(name, ensure_ascii=False) for name in classes]
     if isinstance(classes, dict):
-        entries = [f"{_SIGNS.sub(_ESCAPED, name)}: {what}" for name, what in classes.items()]
-        return shlex.quote(f"data.classes={{{', '.join(entries)}}}")
-    quoted = [name if re.fullmatch(r"[\w .-]+", name) else '"' + name.replace('"', '\\"') + '"' for name in classes]
-    return shlex.quote(f"data.classes=[{', '.join(quoted)}]")
+        entries = [f"{name}: {what}" for name, what in zip(quoted, classes.values(), strict=True)]
+        if not plain:  # the command line has no way to write such a name
+            return f"in a YAML of yours classes: {{{', '.join(entries)}}}"
+        return "'~data.classes' " + shlex.quote(f"+data.classes={{{', '.join(entries)}}}")
+    if any("\\" in name for name in quoted):
+        return f"in a YAML of yours classes: [{', '.join(quoted)}]"
+    return "'~data.classes' " + shlex.quote(f"+data.classes=[{', '.join(quoted)}]")

@@ -1,11 +1,9 @@
 """The loaders of a dataset; its constructor is the schema of the config section `data`."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import DataLoader
@@ -15,14 +13,14 @@ from segformer.data.dataset import Encoder, SegmentationDataset, Skipped, Stream
 from segformer.data.sampler import EvaluationShard, Sampling, TrainingBatches
 from segformer.data.samples import Source, Stream
 from segformer.data.sources import open_source
-from segformer.data.statistics import class_pixels
+from segformer.data.statistics import class_pixels, cores, start_worker
 from segformer.data.transforms import TrainTransform
 from segformer.errors import SharedError, UserError, build
 from segformer.inference import Protocol, pair
 from segformer.labels import IGNORE, Classes
 from segformer.pixels import MAX_PIXELS, MEAN, STD
 
-MAX_AUTO_WORKERS = 8
+MAX_BANDS = 128
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -83,6 +81,10 @@ class SegmentationData(pl.LightningDataModule):
         ):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}, expected at least 1")
+        if bands > MAX_BANDS:
+            raise UserError(
+                f"data.bands is {bands}, expected at most {MAX_BANDS}, which OpenCV can resize: choose bands"
+            )
         if check < 0:
             raise UserError(f"data.check is {check}, expected a number of samples of at least 0")
         if not 0 < cat_max_ratio <= 1:
@@ -121,6 +123,11 @@ class SegmentationData(pl.LightningDataModule):
             return source
         if not len(source):
             raise UserError(f"data.{split} holds no samples: check its patterns")
+        if self.cache and source.stamp(0) is None:
+            raise UserError(
+                f"data.cache={self.cache} is for files, whose changes are seen, but data.{split} has none: "
+                "take data.cache=null"
+            )
         return Cached(source, Path(self.cache)) if self.cache else source
 
     def _require_plain_reading(self, split: str) -> None:
@@ -201,6 +208,7 @@ class SegmentationData(pl.LightningDataModule):
         parts, step = trainer.accumulate_grad_batches, trainer.global_step  # restored before this, so a run goes on
         micro = self.batch_size // (trainer.world_size * parts)
         if isinstance(dataset, Stream):
+            self._require_rows(trainer.world_size)
             streamed = StreamedDataset(
                 dataset,
                 self.encoder,
@@ -213,7 +221,7 @@ class SegmentationData(pl.LightningDataModule):
             )
             return DataLoader(streamed, batch_size=micro, **options)
         batches = TrainingBatches(
-            self.sampling.order(self.seed, self._class_pixels(dataset)),
+            self.sampling.order(self.seed, self._class_pixels(dataset, trainer)),
             self.batch_size,
             self.seed,
             start_step=step,
@@ -223,10 +231,18 @@ class SegmentationData(pl.LightningDataModule):
         )
         return DataLoader(dataset, batch_sampler=batches, **options)
 
-    def _class_pixels(self, dataset: SegmentationDataset) -> np.ndarray:
+    def _require_rows(self, processes: int) -> None:
+        rows = self.images("train")
+        if rows is not None and rows < processes:
+            raise SharedError(
+                f"data.train streams {rows} samples for {processes} processes, expected at least one for each: "
+                f"use trainer.devices={max(rows, 1)}"
+            )
+
+    def _class_pixels(self, dataset: SegmentationDataset, trainer: pl.Trainer) -> np.ndarray:
         if self.sampling.name == "uniform":
             return np.zeros((len(dataset), 1))
-        return class_pixels(dataset.source, self.encoder, _share_of_cores(1))
+        return class_pixels(dataset.source, self.encoder, cores(trainer.num_devices))
 
     def val_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
@@ -243,19 +259,15 @@ class SegmentationData(pl.LightningDataModule):
         return {"collate_fn": collate, "pin_memory": _on_cuda(trainer), **self._worker_options(trainer)}
 
     def _worker_options(self, trainer: pl.Trainer) -> dict[str, Any]:
-        workers = _share_of_cores(trainer.num_devices) if self.workers == "auto" else int(self.workers)
+        workers = cores(trainer.num_devices) if self.workers == "auto" else int(self.workers)
         if workers == 0:
             return {"num_workers": 0}
         return {
             "num_workers": workers,
             "persistent_workers": True,
             "timeout": self.worker_timeout,
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": start_worker,
         }
-
-
-def _start_worker(_: int) -> None:
-    cv2.setNumThreads(0)  # workers are the parallelism; threads inside them fight for the same cores
 
 
 def _on_cuda(trainer: pl.Trainer) -> bool:
@@ -284,8 +296,3 @@ def _range(scale: Any) -> tuple[float, float]:
     if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not 0 < ends[0] <= ends[1]:
         raise UserError(f"data.scale is {scale!r}, expected [low, high] with 0 < low <= high")
     return ends[0], ends[1]
-
-
-def _share_of_cores(processes: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // processes, MAX_AUTO_WORKERS))

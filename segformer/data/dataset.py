@@ -126,15 +126,19 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
     def _readable(self, draw: Draw) -> tuple[int, np.ndarray, np.ndarray]:
         """The sample drawn, or the next one by the same seed that can be read."""
         index = draw.sample
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             try:
                 return index, *self.source[index]
             except UserError as error:
                 if self.skipped is None:
                     raise
                 self.skipped.add(index, error)
-                index = mix(draw.seed, attempt) % len(self)
-        raise AssertionError("unreachable")
+                if self.skipped.flags.all():
+                    raise UserError(
+                        f"none of the {len(self)} training samples can be read, the last: {error}"
+                    ) from error
+                index, attempt = mix(draw.seed, attempt) % len(self), attempt + 1
 
     def _encoded(self, index: int, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
         try:
@@ -209,10 +213,8 @@ class StreamedDataset(IterableDataset[dict[str, Tensor]]):
                 encode = partial(self.encoder.part, name=sample.name)
                 transform = partial(self.transform, image, raw, mix(self.seed, part, position), encode)
                 yield self._encoded(sample.name, transform)
-            if position == before:
-                raise UserError(
-                    f"part {part} of {parts} of data.train holds no samples: use fewer processes or data.workers"
-                )
+            if position == before:  # fewer samples than readers: the others have them
+                return
 
     def _encoded(self, name: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
         try:

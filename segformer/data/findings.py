@@ -10,7 +10,7 @@ from segformer.data.contract import NAMED, Evidence, Finding, Level, broken_cont
 from segformer.data.dataset import Encoder
 from segformer.data.statistics import Survey, fits, label_of
 from segformer.data.transforms import TrainTransform, scaled_size
-from segformer.labels import IGNORE
+from segformer.labels import IGNORE, rgb
 
 
 def findings(
@@ -19,7 +19,11 @@ def findings(
     """All that there is to tell. transform: of training. skippable: share of its samples that may be broken."""
     told, evidence = broken_contract(encoder, surveys), Evidence(encoder, surveys)
     if not told:  # else what the classes say is not what the masks mean
-        told += [found for rule in (_ignored, _unlabelled_masks, _lost) if (found := rule(evidence))]
+        told += [
+            found
+            for rule in (_palettes, _turned, _ignored, _unlabelled_masks, _lossy, _lost)
+            if (found := rule(evidence))
+        ]
         told += _missing_classes(encoder, surveys)
     for survey in surveys:
         each = (_unreadable(survey, skippable), _twice(survey), _small(survey, transform))
@@ -93,6 +97,41 @@ def _unlabelled_masks(evidence: Evidence) -> Finding | None:
     level: Level = "warning" if unlabelled.mean() > 0.01 else "note"
     sentence = f"{len(empty)} of {len(unlabelled)} masks mean no label in every pixel: {named(empty)}"
     return Finding(level, "empty-masks", sentence, "leave them out")
+
+
+def _palettes(evidence: Evidence) -> Finding | None:
+    """Where each file has a palette in an order of its own, an index is another class in each."""
+    known: dict[int, tuple[int, str]] = {}
+    for record in evidence.masks:
+        for value, color in record.palette.items():
+            other, name = known.setdefault(value, (color, record.mask_name))
+            if other != color and IGNORE not in (evidence.label(value), value):
+                return Finding(
+                    "error",
+                    "palettes",
+                    f"the palettes of the masks differ: {value} is {rgb(other)} in {name} and {rgb(color)} in "
+                    f"{record.mask_name}, so that it may be another class in each",
+                    "export all masks with one palette, or as RGB and add data.mask_values=colors; data.check=0 if "
+                    "only the colours differ",
+                )
+    return None
+
+
+def _turned(evidence: Evidence) -> Finding | None:
+    turned = [one.name for one in evidence.masks if one.turned]
+    if not turned:
+        return None
+    sentence = f"{len(turned)} images are turned or mirrored by their EXIF orientation, and their masks are not"
+    return Finding("warning", "turned", f"{sentence}: {named(turned)}", "save them upright, if the masks do not fit")
+
+
+def _lossy(evidence: Evidence) -> Finding | None:
+    """JPEG invents values along the edges: other classes, or ignored ones under data.ignore=rest."""
+    lossy = [one.mask_name for one in evidence.masks if one.mask_name.lower().endswith((".jpg", ".jpeg"))]
+    if not lossy:
+        return None
+    sentence = f"{len(lossy)} masks are JPEG files, whose compression changes values along the edges: {named(lossy)}"
+    return Finding("warning", "lossy", sentence, "export them as PNG")
 
 
 def _missing_classes(encoder: Encoder, surveys: Sequence[Survey]) -> list[Finding]:

@@ -1,5 +1,6 @@
 """Tables of images and masks: Hugging Face hub ids, parquet and arrow files, `save_to_disk` folders, and streams."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,17 +63,17 @@ def open_hub(
     dataset, title = splits[split], " ".join(filter(None, (str(root), subset, split)))
     columns = _resolve(dataset.features or {}, image, mask, title)
     if not streaming:
-        image_column, mask_column = (Column(dataset, column, title) for column in columns)
+        image_column, mask_column = (Column(dataset, column, title, str(root)) for column in columns)
         return Rows(image_column, mask_column, max_pixels, bands)
     length = _length(dataset, files.get(split, ()))
-    return RowStream(_iterable(dataset), columns, title, length, max_pixels, bands)
+    return RowStream(_iterable(dataset), columns, title, str(root), length, max_pixels, bands)
 
 
 class Column:
-    """One column of a split: its values, undecoded. title: what to call the split in errors."""
+    """One column of a split: its values, undecoded. title: what to call the split in errors. root: data.root."""
 
-    def __init__(self, dataset: Any, name: str, title: str) -> None:
-        self.name, self.title, self.fingerprint = name, title, dataset._fingerprint
+    def __init__(self, dataset: Any, name: str, title: str, root: str) -> None:
+        self.name, self.title, self.root, self.fingerprint = name, title, root, dataset._fingerprint
         self.holds_files = _holds_files(dataset.features[name])
         self.values = _undecoded(dataset.select_columns([name]))  # alone, so that a mask is read without its image
         if not self.holds_files:
@@ -90,7 +91,7 @@ class Cell:
         return self.column.values[self.index][self.column.name]
 
     def read_bytes(self) -> bytes:
-        return _content(self.value(), str(self))
+        return _content(self.value(), str(self), self.column.root)
 
     def stamp(self) -> str:
         return f"{self.column.fingerprint}:{self}"
@@ -134,9 +135,10 @@ class _Loose(NamedTuple):
 
     value: Any
     name: str
+    root: str
 
     def read_bytes(self) -> bytes:
-        return _content(self.value, self.name)
+        return _content(self.value, self.name, self.root)
 
     def __str__(self) -> str:
         return self.name
@@ -149,11 +151,18 @@ class RowStream(Stream):
     """
 
     def __init__(
-        self, dataset: Any, columns: tuple[str, str], title: str, length: int | None, max_pixels: int, bands: int
+        self,
+        dataset: Any,
+        columns: tuple[str, str],
+        title: str,
+        root: str,
+        length: int | None,
+        max_pixels: int,
+        bands: int,
     ) -> None:
         self.holds_files = _holds_files(dataset.features[columns[1]])
         self.rows = _undecoded(dataset.select_columns(list(columns)))
-        self.columns, self.title, self.length = columns, title, length
+        self.columns, self.title, self.root, self.length = columns, title, root, length
         self.max_pixels, self.bands = max_pixels, bands
 
     def known_length(self) -> int | None:
@@ -164,7 +173,7 @@ class RowStream(Stream):
         if epoch is not None:
             rows = _shuffled(rows, np.random.default_rng((epoch, index, count)))
         for name, row in rows:
-            image, mask = (_Loose(row[column], f"{name}.{column}") for column in self.columns)
+            image, mask = (_Loose(row[column], f"{name}.{column}", self.root) for column in self.columns)
             yield Sample(image.name, partial(self._decoded, image, mask))
 
     def _dealt(self, index: int, count: int, epoch: int | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -337,19 +346,38 @@ def _undecoded(dataset: Any) -> Any:
     return dataset
 
 
-def _content(value: Any, name: str) -> bytes:
+def _content(value: Any, name: str, root: str) -> bytes:
+    """The bytes of a cell, or of the file that it names, which has to be the dataset's own."""
     if isinstance(value, Mapping):
         value = value["path"] if value["bytes"] is None else value["bytes"]
     if value is None:
         raise UserError(f"{name} is empty: give a split in which every row has an image and a mask")
     if not isinstance(value, str):
         return value
+    if not _is_own(value, root):
+        raise UserError(f"{name} names the file {value!r}, expected one of data.root={root}: a table reads no other")
     if "://" not in value:
         return Path(value).read_bytes()
     import fsspec
 
     with fsspec.open(value, "rb") as file:
         return file.read()
+
+
+def _is_own(file: str, root: str) -> bool:
+    """Whether a file lies where the dataset does: below its folder, on the hub by its name, or in the hub's cache."""
+    if "://" in file:
+        *inside, place = file.split("::")  # a member of an archive, and the archive
+        below = re.match(rf"hf://datasets/{re.escape(root)}(@[^/]+)?/", place)
+        return below is not None and ".." not in place and all(one.startswith("zip://") for one in inside)
+    from datasets import config
+
+    own = Path(root).expanduser()
+    hub = os.environ.get("HF_HUB_CACHE", os.path.join(config.HF_CACHE_HOME, "hub"))
+    folders = [own if own.is_dir() else own.parent] if own.exists() else [config.HF_DATASETS_CACHE, hub]
+    # the cache of the hub is made of links, so that a path counts as it is written
+    path = Path(os.path.normpath(file)) if not own.exists() else Path(file).resolve()
+    return any(path.is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
 def _ids(value: Any, name: str) -> np.ndarray:

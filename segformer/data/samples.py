@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from segformer.errors import UserError
-from segformer.labels import read_mask
-from segformer.pixels import MAX_PIXELS, Readable, image_size, read_image
+from segformer.labels import palette, read_mask
+from segformer.pixels import MAX_PIXELS, Readable, image_size, orientation, read_image
 
 
 class Own(Protocol):
@@ -23,10 +23,17 @@ class Own(Protocol):
         """What to call the sample in errors and reports: its file, where it has one."""
 
 
+class Hints(NamedTuple):
+    """palette: (N, 3) colours of a palette mask. turned: EXIF turns or mirrors the image, and not its mask."""
+
+    palette: np.ndarray | None = None
+    turned: bool = False
+
+
 class Source:
     """Samples by number, and what is cheaper to ask for than a whole sample."""
 
-    labelled = True  # False: images without masks, of which `mask` gives only UNLABELLED
+    labelled = True  # False: images without masks
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -54,6 +61,10 @@ class Source:
         """(height, width) of the image, from its header where it has one."""
         height, width = self.image(index).shape[:2]
         return height, width
+
+    def hints(self, index: int) -> Hints:
+        """What the files tell beside their pixels."""
+        return Hints()
 
     def stamp(self, index: int) -> str | None:
         """Text that changes when the content of the sample may have changed; None where nobody can say."""
@@ -98,6 +109,12 @@ class Samples(Source):
     def size(self, index: int) -> tuple[int, int]:
         return image_size(self.files[index][0], self.max_pixels, self.bands)
 
+    def hints(self, index: int) -> Hints:
+        image, mask = self.files[index]
+        if mask is None or self.bands != 3:
+            return Hints()
+        return Hints(palette(mask), orientation(image) != 1 and orientation(mask) == 1)
+
     def image_bytes(self, index: int) -> bytes | None:
         return self.files[index][0].read_bytes()
 
@@ -110,7 +127,51 @@ class Samples(Source):
         return image, mask
 
 
-class Selected(Source):
+class Elsewhere(Source):
+    """Samples that other sources have."""
+
+    def at(self, index: int) -> tuple[Source, int]:
+        """Whose sample it is, and its number there."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        source, place = self.at(index)
+        return source[place]
+
+    def name(self, index: int) -> str:
+        source, place = self.at(index)
+        return source.name(place)
+
+    def mask_name(self, index: int) -> str:
+        source, place = self.at(index)
+        return source.mask_name(place)
+
+    def mask(self, index: int) -> np.ndarray:
+        source, place = self.at(index)
+        return source.mask(place)
+
+    def image(self, index: int) -> np.ndarray:
+        source, place = self.at(index)
+        return source.image(place)
+
+    def size(self, index: int) -> tuple[int, int]:
+        source, place = self.at(index)
+        return source.size(place)
+
+    def hints(self, index: int) -> Hints:
+        source, place = self.at(index)
+        return source.hints(place)
+
+    def stamp(self, index: int) -> str | None:
+        source, place = self.at(index)
+        return source.stamp(place)
+
+    def image_bytes(self, index: int) -> bytes | None:
+        source, place = self.at(index)
+        return source.image_bytes(place)
+
+
+class Selected(Elsewhere):
     """Samples of one or several sources, in a new order: a part of one, or several joined."""
 
     def __init__(self, places: Sequence[tuple[Source, int]]) -> None:
@@ -120,37 +181,8 @@ class Selected(Source):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        source, place = self.places[index]
-        return source[place]
-
-    def name(self, index: int) -> str:
-        source, place = self.places[index]
-        return source.name(place)
-
-    def mask_name(self, index: int) -> str:
-        source, place = self.places[index]
-        return source.mask_name(place)
-
-    def mask(self, index: int) -> np.ndarray:
-        source, place = self.places[index]
-        return source.mask(place)
-
-    def image(self, index: int) -> np.ndarray:
-        source, place = self.places[index]
-        return source.image(place)
-
-    def size(self, index: int) -> tuple[int, int]:
-        source, place = self.places[index]
-        return source.size(place)
-
-    def stamp(self, index: int) -> str | None:
-        source, place = self.places[index]
-        return source.stamp(place)
-
-    def image_bytes(self, index: int) -> bytes | None:
-        source, place = self.places[index]
-        return source.image_bytes(place)
+    def at(self, index: int) -> tuple[Source, int]:
+        return self.places[index]
 
 
 class Foreign(Source):
@@ -163,7 +195,24 @@ class Foreign(Source):
         return len(self.own)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.own[index]
+        try:
+            image, raw = self.own[index]
+        except UserError:
+            raise
+        except Exception as error:  # whatever it likes: a sample that cannot be read, as one of ours
+            told = " ".join(str(error).split())
+            raise UserError(f"sample {self.name(index)} raises {type(error).__name__}: {told}") from error
+        if image.ndim != 3 or image.dtype != np.uint8:
+            raise UserError(f"image {self.name(index)} is {image.dtype} of {image.shape}, expected uint8 (H, W, bands)")
+        if raw.dtype in (bool, np.int32, np.int64) and raw.size and raw.min() >= 0 and raw.max() < 2**16:
+            raw = raw.astype(np.uint8 if raw.max() < 256 else np.uint16)
+        kinds = {2: (np.uint8, np.uint16), 3: (np.uint8,)}
+        if raw.dtype not in kinds.get(raw.ndim, ()) or (raw.ndim == 3 and raw.shape[2] != 3):
+            raise UserError(
+                f"mask {self.name(index)} is {raw.dtype} of {raw.shape}, expected ids (H, W) from 0 to 65535 or uint8 "
+                "colours (H, W, 3)"
+            )
+        return image, raw
 
     def name(self, index: int) -> str:
         return self.own.name(index)
@@ -205,6 +254,9 @@ def require_equal_sizes(image: np.ndarray, mask: np.ndarray, name: str, mask_nam
 
 def _stamp(file: Readable) -> str:
     if isinstance(file, Path):
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError:  # whoever reads it tells so in a sentence
+            return f"{file.absolute()}: gone"
         return f"{file.absolute()}:{status.st_mtime_ns}:{status.st_size}"
     return str(file.stamp())  # type: ignore[attr-defined]  # every file of ours that is no path has one

@@ -22,7 +22,7 @@ from segformer.data.dataset import Encoder
 from segformer.data.samples import Sample, Source, Stream, require_equal_sizes
 from segformer.data.transforms import scaled_size
 from segformer.errors import UserError, process
-from segformer.labels import IGNORE, Classes, WrongKind
+from segformer.labels import IGNORE, Classes, WrongKind, code
 
 MAX_VALUES = 4096  # different values kept of one mask, the commonest: a photograph in place of a mask has more
 MAX_PROCESSES = 8
@@ -40,7 +40,8 @@ class Record:
     size, mask_size: (height, width), of the image upright; None = could not be read. values: raw value -> pixels, at
     most `MAX_VALUES`; colours as 0xRRGGBB, where `colors`. distinct: how many different values there are. indices: the
     mask's name says that it holds train ids. lost: train ids that are in the mask, but not in it at the size of the
-    network's label map (see `at_cells`). digest: of the image's content. pixels, sums, squares: of the bytes of each
+    network's label map (see `at_cells`). palette: colours, 0xRRGGBB, that a palette file gives its values. turned: see
+    `samples.Hints`. digest: of the image's content. pixels, sums, squares: of the bytes of each
     band, exact. errors: sentences about what cannot be used.
     """
 
@@ -57,6 +58,8 @@ class Record:
     pixels: int = 0
     sums: tuple[int, ...] = ()
     squares: tuple[int, ...] = ()
+    palette: dict[int, int] = field(default_factory=dict)
+    turned: bool = False
     errors: list[str] = field(default_factory=list)
 
 
@@ -115,6 +118,12 @@ class Look(Dataset[Record]):
         image = _told(record, lambda: self._image(record, index))
         mask = _told(record, lambda: self.source.mask(index)) if self.source.labelled else None
         _examine(record, image, mask, self.encoder, self.base_size)
+        hints = self.source.hints(index)
+        record.turned = hints.turned
+        if hints.palette is not None:
+            record.palette = {
+                value: code(hints.palette[value]) for value in record.values if value < len(hints.palette)
+            }
         return record
 
     def _image(self, record: Record, index: int) -> np.ndarray | None:
@@ -180,14 +189,14 @@ def survey(
     quiet: no bar.
     """
     if isinstance(source, Stream):
-        total, processes = source.known_length(), _cores() if processes is None else processes
+        total, processes = source.known_length(), cores() if processes is None else processes
         processes = processes if samples is None else 0  # in order: the first ones are what others would look at
         look: Dataset[Record] = StreamLook(source, encoder, images, base_size, samples)
         expected = total if samples is None else min(samples, total or samples)
     else:
         total = len(source)
         places = spread(total, samples)
-        processes = (_cores() if len(places) > FEW else 0) if processes is None else processes
+        processes = (cores() if len(places) > FEW else 0) if processes is None else processes
         look, expected = Look(source, places, encoder, images, base_size), len(places)
     records = list(_bar(_records(look, processes), expected, split, quiet or process() > 0))
     if isinstance(source, Stream) and (samples is None or len(records) < samples):
@@ -202,9 +211,9 @@ def spread(total: int, samples: int | None) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, total - 1, samples).tolist()})
 
 
-def class_pixels(source: Source, encoder: Encoder, processes: int | None = None, split: str = "train") -> np.ndarray:
+def class_pixels(source: Source, encoder: Encoder, processes: int) -> np.ndarray:
     """(N, K) int64: pixels of each class in each mask of a source; a mask that cannot be read has none."""
-    found = survey(split, source, encoder, images="none", processes=processes)
+    found = survey("train", source, encoder, images="none", processes=processes)
     return np.stack([count_classes(record, encoder)[:-1] for record in found.records])
 
 
@@ -328,12 +337,18 @@ def _digest(content: bytes | np.ndarray) -> bytes:
 def _records(look: Dataset[Record], processes: int) -> Iterable[Record]:
     options: dict[str, Any] = {"generator": torch.Generator()}  # the training's own random numbers stay as they were
     if processes:
-        options |= {"timeout": TIMEOUT, "prefetch_factor": 8, "worker_init_fn": _start}
+        options |= {"timeout": TIMEOUT, "prefetch_factor": 8, "worker_init_fn": start_worker}
     return DataLoader(look, batch_size=None, num_workers=processes, collate_fn=_as_it_is, **options)
 
 
-def _start(_: int) -> None:
-    cv2.setNumThreads(0)  # the processes are the parallelism
+def start_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # workers are the parallelism; threads inside them fight for the same cores
+
+
+def cores(processes: int = 1) -> int:
+    """How many workers suit each of so many processes on this machine, from 1 to `MAX_PROCESSES`."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(here // processes, MAX_PROCESSES))
 
 
 def _as_it_is(record: Any) -> Any:
@@ -343,8 +358,3 @@ def _as_it_is(record: Any) -> Any:
 def _bar(records: Iterable[Record], total: int | None, split: str, quiet: bool) -> Iterable[Record]:
     often = 0.1 if sys.stderr.isatty() else 30.0  # a log keeps every line
     return tqdm(records, f"look at {split}", total, disable=quiet, unit="sample", mininterval=often, dynamic_ncols=True)
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_PROCESSES)

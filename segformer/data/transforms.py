@@ -79,7 +79,7 @@ class TrainTransform:
     def _window(self, raw: np.ndarray, size: Size, draw: random.Random, encode: Encode) -> Window:
         """A uniform window of the scaled image, drawn again while one class fills it, at most ten times."""
         window = self._anywhere(size, draw)
-        for _ in range(MAX_REDRAWS):
+        for _ in range(MAX_REDRAWS if self.cat_max_ratio < 1 else 0):
             labels = encode(raw[_part(raw, window, size, None if self.exact else SAMPLES)])
             counts = np.bincount(labels.ravel(), minlength=IGNORE + 1)[:IGNORE]
             if counts.max() < self.cat_max_ratio * counts.sum():  # so never where there is one class, or none
@@ -118,7 +118,7 @@ class TrainTransform:
         self.compose.set_random_state(np.random.default_rng(seed), draw)
         try:
             changed = self.compose(image=image, mask=mask)
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # each of its transforms raises what it likes
             raise UserError(f"data.augment fails on a crop of {mask.shape}: {' '.join(str(error).split())}") from error
         image, mask = changed["image"], changed["mask"]
         if not all(isinstance(one, np.ndarray) and one.dtype == np.uint8 for one in (image, mask)):
@@ -222,6 +222,7 @@ def _compose(augment: Sequence[Any]) -> Any:
     import albumentations as A  # seconds, and only who asks for more pays them
 
     known = {name for name, kind in vars(A).items() if isclass(kind) and issubclass(kind, A.BasicTransform)}
+    known -= {"BasicTransform", "DualTransform", "ImageOnlyTransform", "Transform3D"}  # abstract
     steps = []
     for entry in augment:
         if not isinstance(entry, Mapping) or [isinstance(one, Mapping | None) for one in entry.values()] != [True]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segformer.data.archives import Archive
+from segformer.data.archives import Archive, walk
 from segformer.data.pairs import Pairs, Table
 from segformer.errors import UserError
 from tests.conftest import save
@@ -102,7 +102,7 @@ def entry(name: str, attributes: int = 0) -> zipfile.ZipInfo:
         ("../evil.png", 0, "is no plain name below its top"),
         ("images/../../evil.png", 0, "is no plain name below its top"),
         ("/etc/evil.png", 0, "is no plain name below its top"),
-        ("images\\evil.png", 0, "is no plain name below its top"),
+        ("images\\..\\..\\evil.png", 0, "is no plain name below its top"),
         ("C:/evil.png", 0, "is no plain name below its top"),
         ("link.png", stat.S_IFLNK | 0o777, "is a link or a device, expected files and folders"),
         ("pipe.png", stat.S_IFIFO | 0o666, "is a link or a device"),
@@ -253,3 +253,10 @@ def test_an_archive_replaced_while_it_is_used_is_told(tmp_path) -> None:
     packed(tmp_path / "new", path)
     with pytest.raises(UserError, match="a.zip/a.png: the archive has changed and holds it no more"):
         opened.read("a.png")
+
+
+def test_backslashes_of_windows_are_folders(tmp_path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("images\\train\\a.png", b"x")
+    found = list(walk(tmp_path / "a.zip", ["images", "train", "*"]))
+    assert [(name, place.read_bytes()) for name, place in found] == [("images/train/a.png", b"x")]

@@ -64,11 +64,9 @@ def run(capsys, root: Path, *overrides: str) -> tuple[int, list[str]]:
     return int(stop.value.code or 0), capsys.readouterr().out.replace(str(root), "ROOT").splitlines()
 
 
-def mended(overrides: list[str], fix: str) -> list[str]:
-    """The command with the fix added as the user would: in place of what it says anew."""
-    new = shlex.split(fix)
-    keys = {one.partition("=")[0] for one in new}
-    return [one for one in overrides if one.partition("=")[0] not in keys] + new
+def mended(command: list[str], fix: str) -> list[str]:
+    """The command with what a fix says behind it, as a shell would split it."""
+    return [*command, *shlex.split(fix)]
 
 
 def listed(names: list[str]) -> str:
@@ -116,15 +114,15 @@ TRAPS = {
     "d: a mask of colours": (
         painted(np.array([[10, 20, 30], [200, 0, 50]], np.uint8), [0, 1, 1]), "x{}", ["data.classes=[a,b]"],
         f"5 of 5 masks hold RGB colours, expected class ids (2 of them: [200, 0, 50] 67%, [10, 20, 30] 33%): {FIVE}",
-        "data.mask_values=colors 'data.classes={NAME0: {color: [200, 0, 50]}, NAME1: {color: [10, 20, 30]}}' "
-        "with your names",
+        "data.mask_values=colors '~data.classes' '+data.classes={NAME0: {color: [200, 0, 50]}, "
+        "NAME1: {color: [10, 20, 30]}}' with your names",
     ),
     "e: a palette PNG converted to RGB": (
         painted(VOC, [0, 1, 2]), "x{}", ["data.classes=[background,cat,dog]"],
         "5 of 5 masks hold RGB colours, expected class ids (Pascal VOC's palette, so palette PNGs were converted to "
         f"RGB: [0, 0, 0] = background, [128, 0, 0] = cat, [0, 128, 0] = dog): {FIVE}",
-        "data.mask_values=colors 'data.classes={background: {color: [0, 0, 0]}, cat: {color: [128, 0, 0]}, "
-        "dog: {color: [0, 128, 0]}}'",
+        "data.mask_values=colors '~data.classes' '+data.classes={background: {color: [0, 0, 0]}, "
+        "cat: {color: [128, 0, 0]}, dog: {color: [0, 128, 0]}}'",
     ),
     "e: the colours of the classes": (
         painted(np.array([[0, 0, 0], [9, 9, 200], [70, 70, 70]], np.uint8), [0, 1, 2]), "x{}",
@@ -136,16 +134,16 @@ TRAPS = {
     "f: a mask of 0 and 255": (
         blocks([0, 0, 0, 255]), "x{}", ["data.classes=[background,pothole]"],
         f"the masks hold 0 and 255 only, and 255 means no label, so 'pothole' would never be trained: {FIVE}",
-        "'data.classes={background: {ids: [0]}, pothole: {ids: [255]}}' 'data.ignore=[]'",
+        "'~data.classes' '+data.classes={background: {ids: [0]}, pothole: {ids: [255]}}' 'data.ignore=[]'",
     ),
     "g: the background counted twice": (
         blocks([0, 1, 2]), "x{}", ["data.classes=[background,a,b]", "data.reduce_zero_label=true"],
-        TWICE, "data.reduce_zero_label=false 'data.classes=[background, a, b]' 'data.ignore=[255]'",
+        TWICE, "data.reduce_zero_label=false '~data.classes' '+data.classes=[background, a, b]' 'data.ignore=[255]'",
     ),
     "g: the background counted twice by ids": (
         blocks([0, 1, 2]), "x{}",
         ["data.classes={background: {ids: [1]}, a: {ids: [2]}, b: {ids: [3]}}", "data.ignore=[0,255]"],
-        TWICE, "data.reduce_zero_label=false 'data.classes=[background, a, b]' 'data.ignore=[255]'",
+        TWICE, "data.reduce_zero_label=false '~data.classes' '+data.classes=[background, a, b]' 'data.ignore=[255]'",
     ),
 }  # fmt: skip
 
@@ -215,13 +213,13 @@ def judged(root: Path, make: Make, stem: str = "x{}", **section) -> dict[str, st
 
 def test_other_mistakes_of_values_are_told_too(tmp_path) -> None:
     grey = judged(tmp_path / "1", blocks([0, 128, 255]), classes=["road", "car", "sky"])
-    assert "'data.classes={road: {ids: [0]}, car: {ids: [128]}, sky: {ids: [255]}}'" in grey["grey-levels"]
+    assert "+data.classes={road: {ids: [0]}, car: {ids: [128]}, sky: {ids: [255]}}'" in grey["grey-levels"]
     one = judged(tmp_path / "2", blocks([1, 2]), classes=["a", "b"])
     assert one["counts-from-one"].startswith("error: the masks count classes from 1 to 2 and data.classes from 0")
     more = judged(tmp_path / "3", blocks([0, 1, 2]), classes=["a", "b"])
-    assert "'data.classes=[background, a, b]', or data.reduce_zero_label=true" in more["one-value-more"]
+    assert "'+data.classes=[background, a, b]', or data.reduce_zero_label=true" in more["one-value-more"]
     only = judged(tmp_path / "4", blocks([0, 1]), classes=["pothole"])
-    assert only["one-value-more"].endswith("; 'data.classes=[background, pothole]'")
+    assert only["one-value-more"].endswith("; '~data.classes' '+data.classes=[background, pothole]'")
     odd = judged(tmp_path / "5", blocks([0, 1, 7]), classes=["a", "b"])
     assert (
         "values that none of the 2 classes declares, in ROOT/masks/train/x0.png (7 in 1024 of"
@@ -324,7 +322,7 @@ def test_a_mistake_of_one_split_is_told_of_its_files(tmp_path) -> None:
     found = judged(tmp_path, make, classes=["background", "pothole"])
     assert found["grey-levels"].partition(": ROOT")[2] == (
         "/masks/val/x3.png, ROOT/masks/val/x4.png; "
-        "'data.classes={background: {ids: [0]}, pothole: {ids: [255]}}' 'data.ignore=[]'"
+        "'~data.classes' '+data.classes={background: {ids: [0]}, pothole: {ids: [255]}}' 'data.ignore=[]'"
     )
 
 
@@ -399,7 +397,7 @@ def test_a_quick_look_stops_a_training_by_the_first_error(tmp_path, capsys) -> N
     root = tree(tmp_path / "tree", blocks([0, 0, 255]))
     section = FOLDER | {"classes": ["background", "pothole"], "root": str(root)}
     data = build("data", SegmentationData, section).opened("train", "val")
-    with pytest.raises(SharedError, match="so 'pothole' would never be trained: .*; 'data.classes={background: {ids"):
+    with pytest.raises(SharedError, match="so 'pothole' would never be trained: .*; '~data.classes' "):
         quick(data, 3)
     quick(data, 0)  # asked for nothing
     assert capsys.readouterr() == ("", "")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from segformer.data.samples import Sample, Stream
 from segformer.errors import SharedError, UserError, build
 from segformer.inference import normalized
 from segformer.model import build_segformer
-from tests.conftest import TOY
+from tests.conftest import TOY, save_pair
 from tests.test_task import quiet
 
 
@@ -39,6 +41,8 @@ def test_training_samples_are_augmented_and_validation_samples_are_not() -> None
         ({"on_bad_sample": "ignore"}, "data.on_bad_sample is 'ignore', expected error or skip"),
         ({"max_bad_share": 2.0}, "data.max_bad_share is 2.0, expected a share from 0 to 1"),
         ({"bands": 0}, "data.bands is 0"),
+        ({"bands": 129}, "data.bands is 129, expected at most 128"),
+        ({"cache": "decoded"}, "data.cache=decoded is for files, .* but data.train has none"),
         ({"bands": 5}, "data.mean is None, expected 5 numbers on the scale 0 to 255, one a band: `python -m"),
         ({"mean": [1, 2]}, r"data.mean is \[1, 2\], expected 3 numbers"),
         ({"std": [1, 0, 1]}, r"data.std is \[1, 0, 1\], expected 3 numbers"),
@@ -93,6 +97,11 @@ class Rows(Stream):
             yield Sample(str(number), lambda: (np.zeros((40, 50, 3), np.uint8), np.zeros((40, 50), np.uint8)))
 
 
+class One(Rows):
+    def known_length(self) -> int:
+        return 1
+
+
 STREAMED = TOY | {"train": Rows(), "val": Rows()}
 
 
@@ -138,3 +147,56 @@ def test_the_network_learns_how_its_images_are_normalised() -> None:
         "pixel_mean"
         not in build_segformer(**build("data", SegmentationData, TOY).network, variant="b0")[0].config.to_dict()
     )
+
+
+def first_batches(root: Path, change: dict) -> list[tuple[bytes, bytes]]:
+    """What the first four batches of training hold."""
+    files = {"root": str(root), "train": {"images": "images/train/*", "masks": "masks/train/*"}, "val": TOY["val"]}
+    options = TOY | files | {"classes": ["background", "pothole"], "batch_size": 4} | change
+    data = build("data", SegmentationData, options, seed=0).opened("train")
+    data.trainer = quiet(max_steps=1)
+    batches = iter(data.train_dataloader())
+    found = [next(batches) for _ in range(4)]
+    return [(batch["image"].numpy().tobytes(), batch["mask"].numpy().tobytes()) for batch in found]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"exact": True}, False),
+        ({"augment": [{"GaussianBlur": {"p": 1.0}}]}, False),
+        ({"sampling": {"name": "rare_class", "temperature": 0.05}}, False),
+        ({"sampling": {"name": "repeat_factor", "threshold": 1.0}}, False),
+        ({"mean": [1, 2, 3]}, False),  # what is filled up where the image ends
+        ({"scale": [1.0, 1.0]}, False),
+        ({"cat_max_ratio": 0.55}, False),
+        ({"on_bad_sample": "skip"}, True),
+        ({"cache": "cache"}, True),
+        ({"workers": 2}, True),
+    ],
+)
+def test_each_setting_of_training_samples_reaches_them(potholes, tmp_path, change, same) -> None:
+    save_pair(potholes, "train", "bare", np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.uint8))
+    if "cache" in change:
+        change = {"cache": str(tmp_path / "cache")}
+    assert (first_batches(potholes, change) == first_batches(potholes, {})) is same
+    if "cache" in change:
+        assert len(list((tmp_path / "cache").glob("*.npy"))) == 10
+        assert first_batches(potholes, change) == first_batches(potholes, {})
+
+
+def test_a_damaged_file_is_skipped_when_asked_to(potholes) -> None:
+    image = sorted((potholes / "images" / "train").iterdir())[1]
+    image.write_bytes(image.read_bytes()[:300])
+    with pytest.raises(UserError, match="cannot read image"):
+        first_batches(potholes, {})
+    with pytest.raises(UserError, match="1 of 4 samples cannot be read, more than data.max_bad_share=0.01"):
+        first_batches(potholes, {"on_bad_sample": "skip"})
+    assert len(first_batches(potholes, {"on_bad_sample": "skip", "max_bad_share": 0.3})) == 4
+
+
+def test_a_stream_of_fewer_samples_than_processes_is_refused() -> None:
+    data = build("data", SegmentationData, STREAMED | {"train": One()}).opened("train")
+    with pytest.raises(SharedError, match="data.train streams 1 samples for 2 processes.*use trainer.devices=1"):
+        data._require_rows(2)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from segformer.data.dataset import Encoder, SegmentationDataset, Skipped, StreamedDataset, collate
 from segformer.data.pairs import Pairs
 from segformer.data.sampler import Draw, Sampling, TrainingBatches
-from segformer.data.samples import Sample, Source, Stream
+from segformer.data.samples import Foreign, Sample, Source, Stream
 from segformer.data.toy import CLASSES, ToyScenes
 from segformer.data.transforms import TrainTransform
 from segformer.errors import UserError
@@ -142,6 +142,35 @@ def test_too_many_skipped_samples_end_the_training() -> None:
         data[Draw(7, 0)]
 
 
+def test_nothing_that_can_be_read_ends_the_training_whatever_share_is_allowed() -> None:
+    with pytest.raises(UserError, match="none of the 10 training samples can be read, the last: cannot read image"):
+        skipping(1.0, *range(10))[Draw(0, 0)]
+
+
+def test_what_a_source_of_the_users_own_raises_is_a_sample_that_cannot_be_read(capsys) -> None:
+    class Network:
+        def __len__(self) -> int:
+            return 10
+
+        def name(self, index: int) -> str:
+            return f"row {index}"
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            if index == 3:
+                raise OSError("stale file handle")
+            mask = {4: np.ones((8, 8), bool), 5: np.full((8, 8), 70000), 6: np.zeros((8, 8, 1), np.uint8)}
+            return np.zeros((8, 8, 3), np.uint8), mask.get(index, np.zeros((8, 8), np.int64))
+
+    transform, encoder = TrainTransform((8, 8), None, (1.0, 1.0), 1.0), Encoder(Classes.from_config(["a", "b"]))
+    data = SegmentationDataset(Foreign(Network()), encoder, transform, Skipped(10, 0.1))
+    assert data[Draw(3, 0)]["image"].shape == (3, 8, 8)
+    assert "sample row 3 raises OSError: stale file handle" in capsys.readouterr().err
+    assert data[4]["mask"].unique().tolist() == [1] and data[0]["mask"].dtype == torch.uint8
+    for index in (5, 6):
+        with pytest.raises(UserError, match=f"mask row {index} is .*, expected ids .H, W. from 0 to 65535 or uint8"):
+            data[index]
+
+
 def test_workers_count_skipped_samples_together(capfd) -> None:
     data = skipping(0.2, 3, 7)
     draws = [[Draw(index, seed)] for seed in range(3) for index in (3, 7, 1, 2)]
@@ -193,6 +222,31 @@ def test_a_streamed_evaluation_sees_every_sample_once_on_any_layout(world, worke
         for number in numbers(batch)
     ]
     assert sorted(seen) == list(range(23))
+
+
+def first(batch: dict[str, torch.Tensor]) -> bytes:
+    return batch["image"].numpy().tobytes()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_training_goes_on_with_the_augmentation_of_the_unbroken_one(workers) -> None:
+    def batches(start: int, count: int, rank: int = 0) -> list[bytes]:
+        encoder, transform = Encoder(Classes.from_config(CLASSES)), TrainTransform((48, 48), None, (0.5, 2.0), 0.75)
+        data = StreamedDataset(Scenes(), encoder, transform, seed=1, rank=rank, world=2, start=start, batch_size=2)
+        loader = iter(DataLoader(data, batch_size=2, num_workers=workers, collate_fn=collate))
+        return [first(next(loader)) for _ in range(count)]
+
+    unbroken = batches(0, 9)
+    assert batches(5, 4) == unbroken[5:]
+    assert len(set(unbroken)) == 9 and not set(unbroken) & set(batches(0, 9, rank=1))
+
+
+class Scenes(Stream):
+    """One scene, again and again: what differs is the augmentation."""
+
+    def shard(self, index: int, count: int, epoch: int | None = None):
+        for number in range(8)[index::count]:
+            yield Sample(str(number), partial(ToyScenes(1).__getitem__, 0))
 
 
 def taken(stream: Stream, batches: int, start: int = 0, workers: int = 2) -> list[list[int]]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageColumn
 from PIL import Image
+from pyarrow import parquet
 from torch.utils.data import DataLoader, IterableDataset
 
 from segformer.data.hub import PARQUET, RowStream, open_hub
@@ -450,3 +452,23 @@ def test_a_script_is_not_run(tmp_path: Path) -> None:
         f"keeps, data.train.revision={PARQUET} data.val.revision={PARQUET}, with a subset where it has several"
     )
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "named", ["outside.png", "../outside.png", "http://127.0.0.1:9/a.png", "hf://datasets/a/b/c.png"]
+)
+def test_a_table_reads_no_file_that_is_not_its_own(tmp_path, named, streaming) -> None:
+    (tmp_path / "table").mkdir()
+    for folder in (tmp_path, tmp_path / "table"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "outside.png")
+    path = str(tmp_path / "outside.png") if named == "outside.png" else named
+    own = {"bytes": None, "path": str(tmp_path / "table" / "outside.png")}
+    file = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])  # `datasets` itself embeds files
+    columns = [pyarrow.array([one], file) for one in (own, {"bytes": None, "path": path})]
+    parquet.write_table(pyarrow.table(columns, ["image", "label"]), tmp_path / "table" / "train.parquet")
+    source = open_hub(tmp_path / "table", "train", streaming=streaming)
+    with pytest.raises(UserError, match=r"label names the file '.*', expected one of data.root="):
+        next(source.shard(0, 1)).read() if streaming else source[0]
+    if not streaming:
+        assert source.image(0).shape == (4, 4, 3)
