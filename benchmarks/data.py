@@ -224,7 +224,7 @@ def albumentations(data: Data) -> Callable[[], None]:
 
     def run() -> None:
         for image, mask in data.files:
-            pixels = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
+            pixels = cv2.imread(str(image), cv2.IMREAD_COLOR_RGB)
             labels = data.relabel(cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE))
             sample = augment(image=pixels, mask=labels)
             sample["mask"].long()

@@ -427,3 +427,84 @@ def test_published_colours_in_place_of_ids_are_told_by_their_classes(tmp_path) -
         tmp_path / "t", painted(colors, [*range(19)]), classes=_section("cityscapes")["classes"], ignore="rest"
     )
     assert "[128, 64, 128] = road" in found["colors"] and "export the masks as one channel" in found["colors"]
+
+
+def test_correct_data_of_few_values_is_no_mistake(tmp_path) -> None:
+    def last_is_bare(number: int) -> np.ndarray:
+        return blocks([0, 1, 255] if number < 3 else [0, 255])(number)
+
+    two = judged(tmp_path / "two", last_is_bare, classes=["background", "pothole"])
+    assert two["grey-levels"].startswith("warning: the masks hold 0 and 255 only")  # it may be what 255 means there
+    many = judged(tmp_path / "many", last_is_bare, classes=["background", "cat", "dog"])
+    assert "grey-levels" not in many
+    bare = judged(tmp_path / "bare", blocks([0, 255]), classes=["background", "cat", "dog"])
+    assert bare["grey-levels"].startswith("warning: ")
+
+
+def test_masks_counted_from_one_are_noticed_although_the_rest_is_ignored(tmp_path) -> None:
+    found = judged(tmp_path, blocks([1, 2, 3]), classes=["a", "b", "c"], ignore="rest")
+    assert found["counts-from-one"].startswith("warning: 3 is in the masks and is ignored (data.ignore=rest), while 0")
+
+
+def test_masks_that_were_reduced_before_are_noticed(tmp_path) -> None:
+    found = judged(tmp_path / "1", blocks([0, 1, 2]), classes=["road", "grass", "sky"], reduce_zero_label=True)
+    assert found["reduced-twice"].startswith(
+        "warning: 0 means no label (data.reduce_zero_label), but 'sky', which is 3"
+    )
+    rare = judged(tmp_path / "2", blocks([0, 1, 3]), classes=list("abcdef"), reduce_zero_label=True)
+    assert "reduced-twice" not in rare  # the last class is not the only one that is rare
+
+
+def test_palettes_that_differ_are_told_unless_only_unused_colours_do(tmp_path) -> None:
+    orders = {
+        True: ([2, 0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2], [1, 2, 0]),
+        False: ([0, 1, 2, 7],) + 4 * ([0, 1, 2, 8],),
+    }
+    for mixed, order in orders.items():
+        root = tree(tmp_path / str(mixed), blocks([0, 1, 2]))
+        for number, path in enumerate(sorted(root.rglob("masks/*/*.png"))):
+            image = Image.open(path).convert("P")
+            image.putdata(blocks([0, 1, 2])(number).ravel().tolist())
+            image.putpalette([byte for color in order[number] for byte in (color * 30, 99, color * 20)])
+            image.save(path)
+        data = build("data", SegmentationData, FOLDER | {"classes": ["a", "b", "c"], "root": str(root)})
+        told = {found.what: str(found) for found in check(data).findings}
+        assert ("palettes" in told) is mixed
+    assert check(data).failed is False
+
+
+def test_images_turned_by_exif_under_masks_that_are_not_are_told(tmp_path) -> None:
+    root, exif = tree(tmp_path, blocks([0, 1])), Image.Exif()
+    exif[0x0112] = 3  # upside down: both keep their size
+    for path in (root / "images" / "train").iterdir():
+        Image.open(path).save(path, exif=exif)
+    data = build("data", SegmentationData, FOLDER | {"classes": ["a", "b"], "root": str(root)})
+    found = {one.what: f"{one.level}: {one}" for one in check(data).findings}
+    assert found["turned"].startswith(
+        "warning: 3 images are turned or mirrored by their EXIF orientation, and their masks"
+    )
+
+
+def test_masks_that_are_jpeg_files_are_told(tmp_path) -> None:
+    root = tree(tmp_path, blocks([0, 1]))
+    for path in list(root.rglob("masks/*/*.png")):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    data = build("data", SegmentationData, FOLDER | {"classes": ["a", "b"], "ignore": "rest", "root": str(root)})
+    assert "compression changes values" in {one.what: str(one) for one in check(data).findings}["lossy"]
+
+
+def test_names_that_a_command_line_cannot_write_are_given_as_yaml(tmp_path) -> None:
+    found = judged(tmp_path / "1", blocks([0, 255]), classes=["background", "straße"])
+    assert found["grey-levels"].endswith(
+        "; in a YAML of yours classes: {background: {ids: [0]}, \"straße\": {ids: [255]}} 'data.ignore=[]'"
+    )
+    longer = judged(tmp_path / "2", blocks([0, 1, 2]), classes=["background", "it's"])
+    assert "'~data.classes' '+data.classes=[background, \"it'\"'\"'s\", NAME]'" in longer["one-value-more"]
+
+
+def test_the_values_of_colour_masks_are_suggested_as_colours(tmp_path, capsys) -> None:
+    root = tree(tmp_path / "tree", painted(np.array([[10, 20, 30], [200, 0, 50]], np.uint8), [0, 1]))
+    with pytest.raises(SystemExit):
+        main(["check", "data=folder", f"data.root={root}", "data.mask_values=colors"])
+    assert "class_0: {color: [10, 20, 30]}, class_1: {color: [200, 0, 50]}" in capsys.readouterr().err
