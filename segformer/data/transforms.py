@@ -17,7 +17,7 @@ from segformer.labels import IGNORE
 from segformer.pixels import PAD
 
 MAX_REDRAWS = 10  # of a crop that one class fills
-SAMPLES = 128  # labels counted along each side of a window, to tell whether one class fills it
+SAMPLES = 64  # labels counted along each side of a window, to tell whether one class fills it
 
 BRIGHTNESS = 32.0
 CONTRAST = SATURATION = (0.5, 1.5)
