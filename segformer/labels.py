@@ -52,7 +52,7 @@ class Classes:
                 f"data.classes is {classes!r}, expected a list of names or {{name: {{color: ..., ids: ...}}}}"
             )
         table = classes if isinstance(classes, Mapping) else dict.fromkeys(classes)
-        if not 1 <= len(set(map(str, table))) <= MAX_CLASSES or len(set(map(str, table))) != len(classes):
+        if not 1 <= len(table) <= MAX_CLASSES or len(set(map(str, table))) != len(classes):
             raise UserError(f"data.classes holds {len(classes)} names, expected 1 to {MAX_CLASSES} different ones")
         if mask_values not in ("ids", "colors"):
             raise UserError(f"data.mask_values is {mask_values!r}, expected ids or colors")
@@ -250,11 +250,11 @@ def _entry(name: str, value: Any, mask_values: str) -> Mapping[str, Any]:
         raise UserError(f"data.classes.{name} is {entry!r}, expected {{color: [r, g, b], ids: [raw, ...]}}")
     if unknown := set(entry) - {"color", "colors", "ids"}:
         raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected color, colors or ids")
-    if (mask_values == "ids" and "colors" in entry) or (mask_values == "colors" and "ids" in entry):
-        found, needed = ("colors", "colors") if mask_values == "ids" else ("ids", "ids")
+    other = "colors" if mask_values == "ids" else "ids"
+    if other in entry:
         raise UserError(
-            f"data.classes.{name} lists {found}, but data.mask_values is {mask_values}: add data.mask_values={needed} "
-            f"or leave {found} out"
+            f"data.classes.{name} lists {other}, but data.mask_values is {mask_values}: add data.mask_values={other} "
+            f"or leave {other} out"
         )
     return entry
 

@@ -182,7 +182,7 @@ def _painted(objects: Sequence[Any], height: int, width: int, path: Path) -> np.
     ]
     for category, lengths in sorted(runs, key=lambda one: -sum(one[1][1::2])):
         ends = np.cumsum(lengths).tolist()
-        for start, end in zip(ends[::2], ends[1::2], strict=False):
+        for start, end in zip(ends[::2], ends[1::2], strict=False):  # the last run may lie outside, and have no partner
             columns[start:end] = category
     mask = np.ascontiguousarray(columns.reshape(width, height).T)
     return mask if mask.max() > 255 else mask.astype(np.uint8)

@@ -222,7 +222,8 @@ class _Names:
         if not folders:
             return 0
         own = composed(os.path.abspath(str(self.found[key]))).split("/")[:-1]
-        return len([*takewhile(lambda pair: pair[0] == pair[1], zip(reversed(folders), reversed(own), strict=False))])
+        pairs = zip(reversed(folders), reversed(own), strict=False)  # either may have more folders than the other
+        return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
 
 def _listed(base: Place, file: str, images: _Names, masks: _Names) -> list[Key]:
