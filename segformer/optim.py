@@ -60,9 +60,10 @@ def adamw(
     warmup_steps: int,
     warmup_ratio: float,
     power: float,
+    fused: bool = True,
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """The recipe's optimiser and its schedule, counted in optimiser steps."""
     groups = parameter_groups(model, lr, weight_decay, head_lr_multiplier)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused)
     factor = warmup_poly(max_steps, warmup_steps, warmup_ratio, power)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

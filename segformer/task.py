@@ -1,5 +1,6 @@
 """What is done with a batch: loss in training, a confusion matrix in validation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,9 +15,6 @@ from segformer.inference import Protocol, normalized, segment
 from segformer.losses import pixel_cross_entropy
 from segformer.metrics import Scores, confusion_matrix
 from segformer.optim import adamw
-
-# keys of the config section `optim` -> arguments of the loss
-LOSS = {"loss_denominator": "denominator", "class_weights": "class_weights", "label_smoothing": "label_smoothing"}
 
 
 class Confusion(Metric):
@@ -47,39 +45,45 @@ def synchronized(model: Pretrained, device: str, processes: int) -> Pretrained:
     return together
 
 
-class SegmentationTask(pl.LightningModule):
-    """Trains and scores a network; the recipe's numbers come in as `optim`.
+class Task(pl.LightningModule):
+    """What training is, whatever is learnt: a loss a step, the recipe's optimiser, randomness that follows from the step.
 
-    protocol: how validation turns images into label maps. optim: keywords of `optim.adamw` and of the loss (`LOSS`).
-    hyper_parameters: plain values written into every checkpoint.
+    optim: keywords of `optim.adamw` and of the loss (`LOSS`). hyper_parameters: plain values written into every
+    checkpoint. A kind of task adds `loss_of`, what validation scores, and the names of both.
     """
+
+    MONITOR = ""  # the logged score that decides which checkpoint is best
+    LOSS: Mapping[str, str] = {}  # keys of the config section `optim` -> arguments of the loss
 
     def __init__(
         self,
         model: Pretrained,
-        protocol: Protocol,
         optim: dict[str, Any] | None = None,
         max_steps: int = 1,
         seed: int = 0,
         hyper_parameters: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.protocol, self.max_steps, self.seed = model, protocol, max_steps, seed
+        self.model, self.max_steps, self.seed = model, max_steps, seed
         self.optim = dict(optim or {})
-        given = {name: self.optim.pop(key) for key, name in LOSS.items() if key in self.optim}
-        self.loss: dict[str, Any] = {"denominator": "all", **given}  # the recipe's, where a configuration is silent
+        self.loss: dict[str, Any] = {name: self.optim.pop(key) for key, name in self.LOSS.items() if key in self.optim}
         self.hyper_parameters = hyper_parameters or {}
-        self.confusion = Confusion(model.config.num_labels)
-        self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it
-        self.images_scored = 0
         self.step_losses: list[Tensor] = []  # of the micro-batches of the optimiser step at hand
+        self.step_loss = torch.zeros(())  # of all of them on this process
+
+    def loss_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """The mean loss of a batch; a float32 scalar."""
+        raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.model = synchronized(self.model, self.trainer.strategy.root_device.type, self.trainer.world_size)
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build("optim", adamw, self.optim, model=self.model, max_steps=self.max_steps)
+        # fused AdamW undoes fp16's loss scale itself, after gradients were clipped and measured: not with a scaler
+        scaled = self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        more = {"model": self.model, "max_steps": self.max_steps, "fused": not scaled}
+        optimizer, schedule = build("optim", adamw, self.optim, **more)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def summary(self) -> str:
@@ -99,20 +103,54 @@ class SegmentationTask(pl.LightningModule):
         torch.manual_seed(mix(self.seed, self.global_step, accumulated, self.global_rank))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self.model(normalized(self.model, batch["image"])).logits
-        loss = pixel_cross_entropy(logits, batch["mask"], **self.loss)
+        loss = self.loss_of(batch)
         self.step_losses.append(loss.detach())
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
-            # of all samples of the step, on whatever layout: curves of one and of eight devices can be compared
-            self.log("train/loss", torch.stack(self.step_losses).mean(), sync_dist=True)
-            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.step_loss = torch.stack(self.step_losses).mean()
             self.step_losses.clear()
+            # of all samples of the step, on whatever layout: curves of one and of eight devices can be compared
+            self.log("train/loss", self.step_loss, sync_dist=True)
+            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Lightning validates every interval and, once told to stop, after the step at hand: never missing the last
         if self.global_step == self.max_steps:
             self.trainer.should_stop = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # a run that goes on does not open its pretrained weights again: what is known of them stands here
+        self.hyper_parameters["model"] = checkpoint["hyper_parameters"]["model"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["hyper_parameters"] = self.hyper_parameters
+
+
+class SegmentationTask(Task):
+    """Trains and scores a SegFormer; protocol: how validation turns images into label maps."""
+
+    MONITOR = "val/miou"
+    LOSS = {"loss_denominator": "denominator", "class_weights": "class_weights", "label_smoothing": "label_smoothing"}
+
+    def __init__(
+        self,
+        model: Pretrained,
+        protocol: Protocol,
+        optim: dict[str, Any] | None = None,
+        max_steps: int = 1,
+        seed: int = 0,
+        hyper_parameters: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, optim, max_steps, seed, hyper_parameters)
+        self.loss = {"denominator": "all", **self.loss}  # the recipe's, where a configuration is silent
+        self.protocol = protocol
+        self.confusion = Confusion(model.config.num_labels)
+        self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it
+        self.images_scored = 0
+
+    def loss_of(self, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.model(normalized(self.model, batch["image"])).logits
+        return pixel_cross_entropy(logits, batch["mask"], **self.loss)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # DDP hands the first process's BatchNorm statistics to all before their first image: one network is scored
@@ -125,10 +163,3 @@ class SegmentationTask(pl.LightningModule):
         self.confusion.reset()
         self.scores, self.images_scored = Scores.from_confusion(matrix), int(images)
         self.log_dict({"val/miou": self.scores.miou, "val/macc": self.scores.macc, "val/aacc": self.scores.aacc})
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # a run that goes on does not open its pretrained weights again: what is known of them stands here
-        self.hyper_parameters["model"] = checkpoint["hyper_parameters"]["model"]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["hyper_parameters"] = self.hyper_parameters
