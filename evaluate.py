@@ -26,13 +26,13 @@ def main(settings: DictConfig) -> float:
 def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     from lightning.pytorch import Trainer  # not above: --help and a misspelt key need no torch
 
-    from segformer import callbacks, checkpoints, files, report
+    from segformer import callbacks, checkpoints, files, report, states
     from segformer.data import check, datamodule
     from segformer.inference import Protocol
     from segformer.model import SegformerForSemanticSegmentation
     from segformer.task import SegmentationTask
 
-    source, options = files.absolute(config["checkpoint"]), config["trainer"]
+    source, (_, options) = files.absolute(config["checkpoint"]), states.Steering.split(config["trainer"])
     trained = checkpoints.training_config(source, needed=own_data is None)
     section = instantiate(config["data"], _convert_="all") if own_data else trained["data"]
     data = check.quick(build("data", datamodule.SegmentationData, section).opened("val"))
@@ -42,7 +42,6 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
         options["precision"] = trained.get("trainer", {}).get("precision", "32-true")
     changes = {key: value for key, value in config["protocol"].items() if value != "dataset"}
     task = SegmentationTask(model, build("protocol", Protocol, asdict(data.protocol) | changes))
-    del options["checkpoint_interval"]
     own = {"callbacks": [callbacks.Progress(1)], "logger": False, "use_distributed_sampler": False}
     trainer = build("trainer", Trainer, options, **own)
     trainer.validate(task, data, verbose=False)

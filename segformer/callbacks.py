@@ -1,32 +1,46 @@
-"""They watch a run and never steer it: progress, metrics file, previews."""
+"""They watch a run and never steer it: progress, metrics, pictures, and the facts that a result goes back to."""
 
 import csv
 import logging
 import math
+import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from tqdm import tqdm
 
+from segformer.curves import draw_curves
+from segformer.errors import UserError
+from segformer.files import read_json, reason, write_json
 from segformer.labels import Classes
+from segformer.metrics import Scores
+from segformer.provenance import provenance, redacted
 from segformer.visualize import panel
 
 PREVIEWS = 4  # panels drawn at each validation
+NAMES = {"val/miou": "mIoU", "val/top1": "top-1"}
 LINE_SECONDS = 15  # between two lines of progress where there is no terminal to redraw
 
 
 # What does not concern a user is kept off the terminal.
 for _logger in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_logger).setLevel(logging.WARNING)  # advertisements, one banner a device
+logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # "experiment not found, creating it"
 for _message in (
     r".*treespec, LeafSpec.*",  # Lightning 2.6 calls a helper that torch deprecated
     r".*recommended to use `self.log\('val/.*sync_dist=True.*",  # the matrix is summed over processes before
@@ -80,7 +94,8 @@ class Progress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self.shown["mIoU"] = f"{float(trainer.callback_metrics['val/miou']):.4f}"
+            score = task.MONITOR
+            self.shown[NAMES.get(str(score), str(score))] = f"{float(trainer.callback_metrics[str(score)]):.4f}"
             self.since, self.step = time.monotonic(), trainer.global_step  # validation is not training speed
             if self.enabled_:
                 self._show(trainer)
@@ -145,6 +160,9 @@ class MetricsFile(CSVLogger):
         else:
             super().log_metrics(metrics, step)
 
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: config.yaml and run.json beside the file hold more."""
+
     @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
@@ -152,8 +170,149 @@ class MetricsFile(CSVLogger):
             self._kept.replace(self._path)
 
 
+class LocalMLFlow(Logger):
+    """MLflow in the run folder, `mlflow.db` and pictures below `mlflow`; a tracking server where one is named.
+
+    Lightning's own logger opens its database as soon as it is made, in every process; this one when the first process
+    logs something. tracking_uri: of a server, None = MLFLOW_TRACKING_URI or the run folder.
+    """
+
+    def __init__(self, save_dir: Path, experiment_name: str = "segformer", tracking_uri: str | None = None) -> None:
+        super().__init__()
+        if find_spec("mlflow") is None or find_spec("sqlalchemy") is None:
+            raise UserError('logger=mlflow needs MLflow and a database: pip install "segformer[mlflow]"')
+        self.folder, self.experiment_name = Path(save_dir), experiment_name
+        self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+
+    @cached_property
+    def _logger(self) -> MLFlowLogger:
+        for name, value in (("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_DISABLE_TELEMETRY", "true")):
+            os.environ.setdefault(name, value)  # a local record is nobody else's business
+        pictures = None if self.tracking_uri else (self.folder / "mlflow").absolute().as_uri()
+        address = self.tracking_uri or f"sqlite:///{self.folder.absolute() / 'mlflow.db'}"
+        return MLFlowLogger(self.experiment_name, self.folder.name, address, artifact_location=pictures)
+
+    @property
+    def name(self) -> str:
+        return self.experiment_name
+
+    @property
+    def version(self) -> str:
+        return self.folder.name
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        return self._logger.experiment
+
+    @property
+    def run_id(self) -> str | None:
+        return self._logger.run_id
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._logger.log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        self._logger.log_hyperparams(params)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if "_logger" in self.__dict__:
+            self._logger.finalize(status)
+
+
+class Monitor(pl.Callback):
+    """Logs what steps cost, every `trainer.log_every_n_steps` optimiser steps, and the learning rates they took.
+
+    time/step: seconds of an optimiser step, and time/data: those in which it waited for samples and their way to the
+    device, on average since the last log; validation and the writing of checkpoints do not count. A GPU may be busy
+    with the step before while the process waits. memory/peak_mib: on CUDA the most that tensors took on the first
+    process's device since the last log, elsewhere the most that the process itself took since it started.
+    lr/<group>: of each parameter group. Reads nothing from the device.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.step, self.rates = trainer.global_step, dict[str, float]()
+        self.ended: float | None = None  # of the last batch, unless something came in between
+        self._restart()
+
+    def _restart(self) -> None:
+        self.busy = self.waited = 0.0
+        self.batches = self.waits = self.steps = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.started = time.monotonic()
+        if self.ended is not None:
+            self.waited += self.started - self.ended
+            self.waits += 1
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # here, for the schedule has moved on when the batch ends
+        self.rates = {f"lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        self.busy += now - self.started
+        self.batches += 1
+        if step != self.step:  # not a micro-batch of an accumulated step
+            self.step, self.steps = step, self.steps + 1
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's set-up
+            last = step == trainer.max_steps or trainer.should_stop
+            if every and (step % every == 0 or last):
+                task.log_dict(self._costs() | _peak(task.device) | self.rates)
+                self._restart()
+        self.ended = now
+
+    def _costs(self) -> dict[str, float]:
+        if not self.waits:
+            return {"time/step": self.busy / self.steps}
+        waiting = self.waited / self.waits * self.batches / self.steps
+        return {"time/step": self.busy / self.steps + waiting, "time/data": waiting}
+
+    def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.ended = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.ended = None
+
+
+def _peak(device: torch.device) -> dict[str, float]:
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"memory/peak_mib": peak / 2**20}
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return {}
+    peak = getrusage(RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return {"memory/peak_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+
+
+class ClassScores(pl.Callback):
+    """Logs `val/iou/<class>` in the row of val/miou, for each class that occurs in labels or predictions."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        # the task's own hook comes after this one; the metric keeps what it summed over processes until then
+        matrix, _ = task.confusion.compute()  # type: ignore[operator, union-attr]
+        scores = zip(self.names, Scores.from_confusion(matrix).iou.tolist(), strict=True)
+        task.log_dict({f"val/iou/{name}": iou for name, iou in scores if not math.isnan(iou)})
+
+
 class Previews(pl.Callback):
-    """Panels of image, label and prediction of the first validation images, one file a validation."""
+    """Panels of image, label and prediction of the first validation images: a file each, and to loggers that show them.
+
+    One that does not get it to the disk, or into a logger, is a warning.
+    """
 
     def __init__(self, folder: Path, classes: Classes) -> None:
         self.folder, self.classes = folder / "previews", classes
@@ -178,3 +337,90 @@ class Previews(pl.Callback):
             Image.fromarray(drawn).save(path, quality=90)
         except OSError as error:  # a picture is not worth a run
             warnings.warn(f"preview {path} was not written: {error}", stacklevel=2)
+        for logger in trainer.loggers:
+            try:
+                show(logger, f"previews/{batch_idx}", drawn, trainer.global_step)
+            except Exception as error:  # of the network, of a service: each a type of its own
+                warnings.warn(f"{type(logger).__name__} did not take a preview: {reason(error)}", stacklevel=2)
+
+
+def show(logger: Logger, name: str, image: np.ndarray, step: int) -> None:
+    """Hands an image, RGB uint8 (H, W, 3), to a logger, by what it can do: W&B's, TensorBoard's, MLflow's; else not."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(logger, "log_image"):
+        logger.log_image(name, [image], step=step)
+    elif hasattr(experiment, "add_image"):
+        experiment.add_image(name, image, step, dataformats="HWC")
+    elif hasattr(experiment, "log_image"):
+        experiment.log_image(logger.run_id, image, key=name, step=step)  # type: ignore[attr-defined]
+
+
+class Curves(pl.Callback):
+    """Keeps `curves.png` of the whole run, loss and score over steps; redrawn after each validation and at the end."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.drawn = run, -1  # the step of the picture
+
+    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._draw(trainer, str(task.MONITOR))
+
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._draw(trainer, str(task.MONITOR))
+
+    def _draw(self, trainer: pl.Trainer, score: str) -> None:
+        metrics = self.run / "metrics.csv"
+        debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
+        if not trainer.is_global_zero or debug or not metrics.is_file() or self.drawn == trainer.global_step:
+            return
+        self.drawn = trainer.global_step
+        try:
+            draw_curves(metrics, self.run / "curves.png", score)
+        except Exception as error:  # no matplotlib, no space, a file that someone edited: a picture is not worth a run
+            warnings.warn(f"{self.run / 'curves.png'} was not drawn: {reason(error)}", stacklevel=2)
+
+
+class RunFacts(pl.Callback):
+    """Writes `run.json`, what the run goes back to (`provenance`), and hands it to the loggers with the configuration.
+
+    A run that goes on keeps the facts of its earlier starts under "earlier", and warns where its data has changed.
+    """
+
+    def __init__(self, run: Path, config: Mapping[str, Any], data: Any) -> None:
+        self.path, self.config, self.data = run / "run.json", redacted(config), data
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
+        if not trainer.is_global_zero or debug:
+            return
+        facts = provenance(self.data) | {"processes": trainer.world_size}
+        self._write(facts)
+        for logger in trainer.loggers:
+            try:
+                logger.log_hyperparams({"config": _brief(self.config), "run": facts})
+            except Exception as error:  # as for pictures
+                warnings.warn(f"{type(logger).__name__} did not take the facts: {reason(error)}", stacklevel=2)
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        before: dict[str, Any] = {}
+        with suppress(UserError, OSError):  # damaged
+            before = read_json(self.path) or {}
+        for split, now in facts["data"].items():
+            then = before.get("data", {}).get(split) or now
+            if then["sha256"] and now["sha256"] and then != now:
+                warnings.warn(
+                    f"data.{split} has changed since this run last started: {then['samples']} samples then, "
+                    f"{now['samples']} now, or other file names or sizes",
+                    stacklevel=2,
+                )
+        earlier = [*before.pop("earlier", []), *([before] if before else [])]
+        try:
+            write_json(self.path, facts | {"earlier": earlier})
+        except OSError as error:
+            warnings.warn(f"{self.path} was not written: {reason(error)}", stacklevel=2)
+
+
+def _brief(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the names of the classes alone: a value for each colour of 150 classes would bury the others."""
+    data = config.get("data", {})
+    return {**config, "data": {**data, "classes": [*map(str, data.get("classes") or ())]}}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from segformer.config import SegformerConfig
-from segformer.errors import UserError, process
+from segformer.errors import UserError
 from segformer.files import locate, read_json, reason, write_atomically, write_json
+from segformer.launch import process
 from segformer.namings import (
     HEADS,
     Weights,

@@ -5,15 +5,15 @@ Everything else is a bug of ours and keeps its traceback.
 
 import errno
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from segformer.launch import process
 
 T = TypeVar("T")
 
@@ -83,33 +83,6 @@ def explained() -> Iterator[None]:
         if not (process() and isinstance(error, SharedError)):
             print(f"error{f' in process {process()}' if process() else ''}: {sentence}", file=sys.stderr)
         sys.exit(1)
-
-
-def process() -> int:
-    """The number of this process among those that a launcher started, from its environment; 0 without one."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # in Lightning's order
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-
-@contextmanager
-def tidy(folder: str) -> Iterator[None]:
-    """A command that stops before it writes anything leaves no empty folder behind, nor its two empty parents.
-
-    Only the first of several processes writes: of those that torchrun or SLURM started, the others have folders of
-    their own, which go at once.
-    """
-    try:
-        if process() and not {"RANK", "SLURM_PROCID"}.isdisjoint(os.environ):
-            with suppress(OSError):
-                Path(folder).rmdir()
-        yield
-    finally:
-        here = Path.cwd()
-        for empty in (Path(folder), *list(Path(folder).parents)[:2]):
-            if here.is_relative_to(empty):  # where the command was started is not ours to remove
-                break
-            with suppress(OSError):  # not empty, or gone already
-                empty.rmdir()
 
 
 _DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)

@@ -64,17 +64,35 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(to_json(values).encode()))
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file that is either whole or as it was: temporary file beside it, flush, fsync, replace."""
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], before_replacing: Callable[[Path], object] | None = None
+) -> None:
+    """Writes a file that is either whole or as it was: temporary file beside it, flush, fsync, replace.
+
+    before_replacing: called with the path once the new file is safe on the disk, if the present one shall be kept.
+    """
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # several processes may write the same file
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if before_replacing:
+            before_replacing(path)
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new name survive a power failure, where the system can."""
+    with suppress(OSError):  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def new_folder(parent: Path) -> Path:

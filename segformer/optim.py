@@ -1,10 +1,16 @@
 """The recipe's optimiser: parameter groups and the warm-up x poly schedule (SegFormer, arXiv 2105.15203)."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from segformer.errors import UserError, nearest
+
+HEADS = ("decode_head.", "classifier.")  # of segmentation, of classification
 
 
 def parameter_groups(
@@ -12,7 +18,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Three AdamW groups; every parameter is in exactly one.
 
-    The decode head learns `head_lr_multiplier` times faster and all of it is decayed, its BatchNorm included; the
+    The head learns `head_lr_multiplier` times faster and all of it is decayed, its BatchNorm included; the
     encoder's LayerNorms are not decayed; the rest of the encoder, biases included, is. Source: NVlabs' paramwise rules
     ("head" lr x10, "norm" decay x0), which match the head's BatchNorm by neither name.
     """
@@ -28,7 +34,7 @@ def parameter_groups(
         "head": {"lr": lr * head_lr_multiplier, "weight_decay": weight_decay},
     }
     for name, parameter in model.named_parameters():
-        group = "head" if "decode_head." in name else "norms" if id(parameter) in norms else "encoder"
+        group = "head" if any(head in name for head in HEADS) else "norms" if id(parameter) in norms else "encoder"
         if parameter.requires_grad:
             groups[group].setdefault("params", []).append(parameter)
     return [{"name": name, **group} for name, group in groups.items() if "params" in group]
@@ -41,13 +47,30 @@ def warmup_poly(max_steps: int, warmup_steps: int, warmup_ratio: float, power: f
     linear warm-up, which multiplies the two (mmsegmentation 1.x chains them instead).
     """
 
-    def factor(step: int) -> float:
-        poly = max(0.0, 1 - step / max_steps) ** power
-        if step >= warmup_steps:
-            return poly
-        return poly * (1 - (1 - step / warmup_steps) * (1 - warmup_ratio))
+    return partial(_warmed_up, lambda done: max(0.0, 1 - done) ** power, max_steps, warmup_steps, warmup_ratio)
 
-    return factor
+
+def warmup_cosine(
+    max_steps: int, warmup_steps: int, warmup_ratio: float, end_ratio: float = 0.0
+) -> Callable[[int], float]:
+    """Factor on the learning rate at optimiser step i: half a cosine from 1 down to end_ratio, times that warm-up.
+
+    end + (1 - end) (1 + cos(pi i/N)) / 2, counted from step 0 as DeiT's (arXiv 2012.12877), whose warm-up replaces the
+    first steps of the cosine instead, where it is 1 but for a thousandth.
+    """
+
+    def cosine(done: float) -> float:
+        return end_ratio + (1 - end_ratio) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    return partial(_warmed_up, cosine, max_steps, warmup_steps, warmup_ratio)
+
+
+def _warmed_up(
+    decay: Callable[[float], float], max_steps: int, warmup_steps: int, warmup_ratio: float, step: int
+) -> float:
+    """decay: of the share of the steps that is done."""
+    factor = decay(step / max_steps)
+    return factor if step >= warmup_steps else factor * (1 - (1 - step / warmup_steps) * (1 - warmup_ratio))
 
 
 def adamw(
@@ -59,11 +82,19 @@ def adamw(
     head_lr_multiplier: float,
     warmup_steps: int,
     warmup_ratio: float,
-    power: float,
+    power: float = 1.0,
+    schedule: str = "poly",
+    end_ratio: float = 0.0,
     fused: bool = True,
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """The recipe's optimiser and its schedule, counted in optimiser steps."""
+    """The recipe's optimiser and its schedule, counted in optimiser steps.
+
+    schedule: "poly" with its power, or "cosine" with its end_ratio.
+    """
+    schedules = {"poly": partial(warmup_poly, power=power), "cosine": partial(warmup_cosine, end_ratio=end_ratio)}
+    if schedule not in schedules:
+        raise UserError(f"optim.schedule is {schedule!r}{nearest(schedule, schedules)}: choose from poly, cosine")
     groups = parameter_groups(model, lr, weight_decay, head_lr_multiplier)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused)
-    factor = warmup_poly(max_steps, warmup_steps, warmup_ratio, power)
+    factor = schedules[schedule](max_steps, warmup_steps, warmup_ratio)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,23 +1,26 @@
-"""What steers a run's life: where it goes on, and checkpoints that are whole or not there."""
+"""Where a run goes on: its folder, its saved configuration, the newest of its checkpoints that is whole."""
 
 import os
 import re
 import shlex
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from segformer.checkpoints import Pretrained, load_checkpoint
-from segformer.data.datamodule import SegmentationData
+from segformer.data.loaders import Loaders
 from segformer.errors import SharedError, UserError
-from segformer.files import absolute, write_atomically
+from segformer.files import absolute
+from segformer.launch import process
+from segformer.provenance import REDACTED, redacted
+from segformer.states import BestCheckpoint, last_checkpoints
 
 # what may differ when a run goes on: where it computes, not what it computes (but for streams, whose order follows from
 # the number of readers)
@@ -26,6 +29,10 @@ _MAY_CHANGE = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.accelerator",
+    "trainer.max_time",
+    "trainer.checkpoint_interval",
+    "trainer.keep_last",
+    "trainer.log_every_n_steps",
     "data.workers",
     "data.worker_timeout",
     "data.micro_batch_size",
@@ -45,107 +52,13 @@ LOOP = {
 }
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and replaces it. Lightning's own save goes through the system's temporary folder and
-    copies: a full disk then destroys the previous good file."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps `best.ckpt`, the checkpoint of the highest val/miou, also when the run folder has moved since."""
-
-    def __init__(self, run: Path) -> None:
-        super().__init__(
-            run,
-            filename="best",
-            monitor="val/miou",
-            mode="max",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        path = str(Path(str(self.dirpath), "best.ckpt"))
-        moved = {**state_dict, "dirpath": self.dirpath}  # of another folder Lightning forgets the best score
-        for key in ("best_model_path", "kth_best_model_path"):
-            moved[key] = path if moved[key] else ""
-        moved["best_k_models"] = dict.fromkeys([path][: len(moved["best_k_models"])], moved["best_model_score"])
-        super().load_state_dict(moved)
-
-
-class LastCheckpoint(Checkpoint):
-    """Keeps what a run needs to go on: `config.yaml` from the start, `last.ckpt` after every validation and every
-    `interval` optimiser steps."""
-
-    def __init__(self, run: Path, interval: int, config: dict[str, Any]) -> None:
-        self.path, self.interval, self.config, self.saved_at = run / "last.ckpt", interval, config, -1
-
-    def setup(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
-        # torchrun starts every process on its own, each naming the folder by its own clock: the first one's counts
-        self.path = trainer.strategy.broadcast(self.path)
-
-    def on_fit_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        self.debug = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning's set-up
-        refusal = self._claim(new=trainer.ckpt_path is None) if trainer.is_global_zero and not self.debug else None
-        if refusal := trainer.strategy.broadcast(refusal):  # or the others would wait for the first one
-            raise SharedError(refusal)
-
-    def _claim(self, new: bool) -> str | None:
-        """Writes the configuration; what is wrong, if another run was here first or nothing can be written."""
-        claim, folder = self.path.with_name("config.yaml"), self.path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if new:
-                claim.open("x").close()
-            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            write_atomically(claim, lambda file: file.write(text.encode()))
-        except FileExistsError:
-            resume = f", or resume={folder}" if self.path.is_file() else ""
-            return f"{folder} holds a run already: give a new folder{resume}"
-        except OSError as error:
-            return f"cannot write {claim}: {error.strerror}; give another folder"
-        return None
-
-    def on_load_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts micro-batches, of which another number of devices may need more or fewer a step
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        gone = checkpoint["global_step"] * trainer.accumulate_grad_batches - progress["current"]["ready"]
-        for counters in (progress["current"], progress["total"]):
-            for name in counters:
-                counters[name] += gone
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # a resumed run would skip a validation that is due right after the checkpoint: that one is saved after it
-        validates = trainer.enable_validation and (
-            (batch_idx + 1) % (trainer.val_check_batch or 1) == 0 or trainer.global_step == trainer.max_steps
-        )
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and trainer.global_step % self.interval == 0 and not validates:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step != self.saved_at and not self.debug:
-            trainer.save_checkpoint(self.path)
-            self.saved_at = trainer.global_step
-
-
 def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, dict[str, Any], Path | None]:
     """The folder, the configuration and the checkpoint to go on from (None for a new run)."""
     config = _with_absolute_paths(config)
     run, checkpoint = Path(config["run"]), None
     if config["resume"] and (found := go_on(str(config["resume"]), config, overrides)):
-        run, config = found
-        checkpoint = run / "last.ckpt"
-    for key in ("max_steps", "val_check_interval", "checkpoint_interval"):
+        run, config, checkpoint = found
+    for key in ("max_steps", "val_check_interval"):
         value = config["trainer"][key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"trainer.{key} is {value!r}, expected an integer of at least 1")
@@ -164,8 +77,19 @@ def start(config: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
     return config["model"] | ({"pretrained": None} if checkpoint else {})
 
 
-def share_batches(trainer: pl.Trainer, data: SegmentationData) -> None:
-    """Derives how many micro-batches make one optimiser step, in which Lightning counts whatever it counts."""
+def share_batches(trainer: pl.Trainer, data: Loaders, sweep: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Derives how many micro-batches make one optimiser step, in which Lightning counts whatever it counts.
+
+    sweep: the choices of a `--multirun` that this is one run of.
+    """
+    if (
+        sweep.get("hydra/launcher") == "basic" and trainer.world_size > 1
+    ):  # the others would run the whole sweep, each in a folder of its own
+        raise SharedError(
+            f"--multirun trains on one device, but there are {trainer.world_size} processes: use a shell loop, "
+            "`for lr in 6e-5 1e-4; do python train.py optim.lr=$lr ...; done`, trainer.devices=1, or a hydra/launcher "
+            "that starts a job for each run"
+        )
     trainer.accumulate_grad_batches = data.accumulated(trainer.world_size)
     if trainer.limit_val_batches:
         data.require_images(trainer.world_size)
@@ -176,12 +100,22 @@ def share_batches(trainer: pl.Trainer, data: SegmentationData) -> None:
 
 
 def record(model: Pretrained, config: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must hold to be evaluated on its own: plain values only, so it loads as weights alone."""
-    return {"model": model.config.to_dict(), "config": config}
+    """What a checkpoint must hold to be evaluated on its own: plain values only, so it loads as weights alone, and no
+    secrets."""
+    return {"model": model.config.to_dict(), "config": redacted(config)}
 
 
-def closing_words(trainer: pl.Trainer, best: ModelCheckpoint) -> float:
-    """Prints the best checkpoint and the command that evaluates it; returns its val/miou."""
+def opening_words(trainer: pl.Trainer, run: Path, origin: Path | str, *lines: str) -> None:
+    """Prints what is trained on what, where it starts (origin: a checkpoint to go on from), and where it is kept."""
+    if trainer.is_global_zero:
+        print(*lines, origin if isinstance(origin, str) else f"goes on from {origin}", f"run folder: {run}", sep="\n")
+
+
+def closing_words(trainer: pl.Trainer, best: BestCheckpoint) -> float:
+    """Prints the best checkpoint and the command that evaluates it; returns its score."""
+    unwritten = getattr(trainer.strategy.checkpoint_io, "unwritten", {})
+    if unwritten:
+        raise UserError("; ".join(unwritten.values()))
     if not best.best_model_path or best.best_model_score is None:
         trainer.print("nothing was scored, so there is no best.ckpt")
         return float("nan")
@@ -190,34 +124,37 @@ def closing_words(trainer: pl.Trainer, best: ModelCheckpoint) -> float:
     if not re.fullmatch(r"[\w./-]+", path, re.ASCII):  # Hydra's grammar, inside the shell's
         path = shlex.quote('"' + path.replace('"', '\\"') + '"')
     launcher = "uv run" if "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
-    script = _short(Path(sys.argv[0]).with_name("evaluate.py"))
-    trainer.print(f"best val/miou {score:.4f}: {launcher} {shlex.quote(script)} checkpoint={path}")
+    script, key = ("evaluate.py", "checkpoint") if best.monitor == "val/miou" else ("train.py", "model.pretrained")
+    script = _short(Path(sys.argv[0]).with_name(script))
+    trainer.print(f"best {best.monitor} {score:.4f}: {launcher} {shlex.quote(script)} {key}={path}")
     return score
 
 
-def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, dict[str, Any]] | None:
-    """The run folder and saved configuration that `resume` names; None if it is "auto" and there is none yet.
+def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, dict[str, Any], Path] | None:
+    """The run folder, saved configuration and checkpoint that `resume` names; None if it is "auto" and there is none.
 
-    resume: a run folder, its last.ckpt, or "auto" for the newest run of this model and data. config: the composed
-    configuration of this command. overrides: what the command line says ("key=value"): anything in it that would
-    change what is computed is refused by name.
+    resume: a run folder, one of its last checkpoints or its nonfinite.ckpt, or "auto": this command's own run folder,
+    where that holds a run already, or else the newest run of this model and data. config: the composed configuration
+    of this command. overrides: what the command line says ("key=value"): anything in it that would change what is
+    computed is refused by name.
     """
     if resume == "auto":
-        folders = Path(config["run"]).parent.glob("*/config.yaml")
-        runs = [path for path in folders if path.with_name("last.ckpt").is_file()]  # others never reached a checkpoint
+        own = Path(config["run"])
+        runs = [own] if last_checkpoints(own) else _resumable(own.parent)  # others never reached a checkpoint
         if not runs:
             return None
-        run = max(runs, key=lambda path: path.stat().st_mtime).parent
+        run, named = max(runs, key=lambda folder: (folder / "config.yaml").stat().st_mtime), None
     else:
-        run = Path(resume).expanduser().absolute()
-        if run.name == "last.ckpt":
-            run = run.parent
-    for name in ("last.ckpt", "config.yaml"):
-        if not (run / name).is_file():
+        run, named = Path(resume).expanduser().absolute(), None
+        if run.suffix == ".ckpt" and (run.stem == "nonfinite" or run.stem.startswith("last")):
+            run, named = run.parent, run
+    candidates = [named] if named and named.name != "last.ckpt" else last_checkpoints(run)
+    for name, found in (("last.ckpt", candidates), ("config.yaml", (run / "config.yaml").is_file())):
+        if not found:
             raise UserError(
                 f"cannot resume {run}: it has no {name}, expected the folder of a run that reached a checkpoint"
             )
-    load_checkpoint(run / "last.ckpt")  # a damaged one is told now
+    checkpoint = _whole(candidates)
     try:
         saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         saved["choices"], saved["data"], saved["trainer"]
@@ -233,7 +170,43 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
                 f"cannot change {key} from {stored} to {found} when resuming {run}: only {', '.join(_MAY_CHANGE)} may "
                 "differ; start a new run with model.pretrained= to change the recipe"
             )
-    return run, {**saved, "run": str(run)}
+    return run, {**_with_secrets(saved, config), "run": str(run)}, checkpoint
+
+
+def _resumable(parent: Path) -> list[Path]:
+    return [path.parent for path in parent.glob("*/config.yaml") if last_checkpoints(path.parent)]
+
+
+def _whole(candidates: Sequence[Path]) -> Path:
+    """The first checkpoint that reads and whose bytes are those that were written; of the others a warning."""
+    *others, final = candidates
+    for path, older in zip(others, candidates[1:], strict=True):
+        try:
+            return _require_whole(path)
+        except UserError as error:
+            if process() == 0:
+                print(f"warning: {error}; going on from {older} instead", file=sys.stderr)
+    return _require_whole(final)
+
+
+def _require_whole(path: Path) -> Path:
+    load_checkpoint(path)
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as parts:
+        if damaged := parts.testzip():  # torch reads tensors without looking at their check sums
+            raise UserError(f"cannot read checkpoint {path}: the check sum of {damaged} is wrong")
+    return path
+
+
+def _with_secrets(saved: Any, given: Any, where: str = "") -> Any:
+    """The saved configuration with its secrets, which run folders do not keep, out of this command's."""
+    if isinstance(saved, Mapping):
+        found = given if isinstance(given, Mapping) else {}
+        return {key: _with_secrets(value, found.get(key), f"{where}.{key}".lstrip(".")) for key, value in saved.items()}
+    if saved != REDACTED:
+        return saved
+    if given is None:
+        raise UserError(f"{where} is a secret, which a run folder does not keep: give {where}=... again")
+    return given
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

@@ -1,6 +1,7 @@
 """What is done with a batch: loss in training, a confusion matrix in validation."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from segformer.checkpoints import Pretrained
 from segformer.data.sampler import mix
 from segformer.errors import build
 from segformer.inference import Protocol, normalized, segment
-from segformer.losses import pixel_cross_entropy
+from segformer.losses import segmentation_loss
 from segformer.metrics import Scores, confusion_matrix
 from segformer.optim import adamw
 
@@ -46,7 +47,7 @@ def synchronized(model: Pretrained, device: str, processes: int) -> Pretrained:
 
 
 class Task(pl.LightningModule):
-    """What training is, whatever is learnt: a loss a step, the recipe's optimiser, randomness that follows from the step.
+    """What training is, whatever is learnt: a loss a step, the recipe's optimiser, chance that follows from the step.
 
     optim: keywords of `optim.adamw` and of the loss (`LOSS`). hyper_parameters: plain values written into every
     checkpoint. A kind of task adds `loss_of`, what validation scores, and the names of both.
@@ -113,6 +114,11 @@ class Task(pl.LightningModule):
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """In validation: every image may have a size of its own, and each would be compiled for."""
+        compiled = self.model._compiled_call_impl is not None
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Lightning validates every interval and, once told to stop, after the step at hand: never missing the last
         if self.global_step == self.max_steps:
@@ -130,7 +136,14 @@ class SegmentationTask(Task):
     """Trains and scores a SegFormer; protocol: how validation turns images into label maps."""
 
     MONITOR = "val/miou"
-    LOSS = {"loss_denominator": "denominator", "class_weights": "class_weights", "label_smoothing": "label_smoothing"}
+    LOSS = {
+        "loss_denominator": "denominator",
+        "class_weights": "class_weights",
+        "label_smoothing": "label_smoothing",
+        "ohem_threshold": "ohem_threshold",
+        "ohem_min_kept": "ohem_min_kept",
+        "dice_weight": "dice_weight",
+    }
 
     def __init__(
         self,
@@ -150,11 +163,12 @@ class SegmentationTask(Task):
 
     def loss_of(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(normalized(self.model, batch["image"])).logits
-        return pixel_cross_entropy(logits, batch["mask"], **self.loss)
+        return segmentation_loss(logits, batch["mask"], **self.loss)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # DDP hands the first process's BatchNorm statistics to all before their first image: one network is scored
-        labels = segment(self.model, batch["image"], self.protocol)
+        with self.uncompiled():
+            labels = segment(self.model, batch["image"], self.protocol)
         self.confusion.update(labels, batch["mask"])
         return labels
 

@@ -11,6 +11,7 @@ SCRIPTS = ("train", "evaluate")
 
 # a module may import modules of lower levels; within a level only what is named beside it
 LEVELS = (
+    {"launch"},
     {"errors"},
     {"pixels", "labels", "files", "outputs", "bilinear"},
     {"config", "metrics", "optim", "losses"},
@@ -23,11 +24,15 @@ LEVELS = (
     {"data.toy", "data.pairs", "data.coco", "data.hub", "data.cache"},
     {"data.sources", "data.dataset"},
     {"data.statistics"},
-    {"data.datamodule", "data.contract"},
+    {"data.loaders"},
+    {"data.datamodule", "data.classification", "data.contract"},
     {"data.findings"},
     {"data.check"},
-    {"task", "resume", "report", "predict"},
+    {"provenance", "curves"},
+    {"task", "states", "report", "predict"},
+    {"classification", "resume", "memory", "stops"},
     {"callbacks", "__main__", ""},
+    {"kinds"},
     set(SCRIPTS),
 )
 WITHIN = {
@@ -38,10 +43,13 @@ WITHIN = {
 ROOMS = {
     "hydra": {"train", "evaluate", "__main__"},
     "omegaconf": {"train", "evaluate", "__main__"},
-    "lightning": {"task", "resume", "callbacks", "data.datamodule", "train", "evaluate"},
-    "torchmetrics": {"task"},
+    "lightning": {
+        *("task", "states", "stops", "memory", "resume", "callbacks", "kinds", "data.datamodule", "data.loaders"),
+        *SCRIPTS,
+    },
+    "torchmetrics": {"task", "classification"},
     "albumentations": {"data.transforms"},
-    "torchvision": set(),
+    "torchvision": {"data.classification"},
     "datasets": {"data.hub"},
     "pycocotools": {"data.coco"},
     "tifffile": {"pixels"},
@@ -49,6 +57,7 @@ ROOMS = {
     "wandb": set(),
     "tensorboard": set(),
     "mlflow": set(),
+    "matplotlib": {"curves"},
     "huggingface_hub": {"files"},
     "h5py": {"checkpoints"},
     "safetensors": {"checkpoints"},

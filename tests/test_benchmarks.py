@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests import trees
 from tests.conftest import ROOT
 
 SMALL = "--models b0 --batch 1 --precision fp32 --size 64 --classes 19 --rounds 1 --device cpu"
@@ -55,3 +56,23 @@ def test_loading_is_compared_with_what_users_write_and_with_the_step_it_feeds(tm
         ("Cityscapes", "segformer", "step by step"),
     ]
     assert all(row["ratio"]["min"] > 0 for row in [*rows, *found["Two workers, and the training step they feed"]])
+
+
+def test_a_training_loop_is_compared_with_transformers_and_with_a_bare_one(tmp_path) -> None:
+    root, target = trees.camvid(tmp_path / "CamVid").root, tmp_path / "figures.json"
+    command = f"benchmarks/training_loop.py --root {root} --steps 3 --seeds 4 --batch 2 --crop 64 64 --json {target}"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())
+    (row,), (summary,) = found["Networks"], found["Networks, over seeds"]
+    assert row["difference"] == pytest.approx(row["segformer mIoU"] - row["transformers mIoU"])
+    assert row["segformer saved MiB"] < row["transformers saved MiB"]
+    assert row["share of the bytes"] == pytest.approx(row["segformer saved MiB"] / row["transformers saved MiB"])
+    assert [summary[name] for name in ("seeds", "difference", "share of the time")] == [
+        1,
+        row["difference"],
+        row["share of the time"],
+    ]
+    assert [line["data"] for line in found["Trainer"]] == ["toy", "camvid"]
+    # the same network, batches and draws: both loops end at the same weights, bit for bit
+    assert [line["largest difference of a weight"] for line in found["Trainer"]] == [0, 0]

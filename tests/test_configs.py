@@ -11,6 +11,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from segformer import kinds
 from segformer.config import VARIANTS
 from segformer.data.datamodule import SegmentationData
 from segformer.data.sampler import Sampling
@@ -18,7 +19,6 @@ from segformer.errors import build
 from segformer.labels import Classes, UndeclaredValues
 from segformer.model import build_segformer
 from segformer.optim import adamw
-from segformer.task import LOSS
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -26,10 +26,11 @@ DATASETS = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
 PAPER = {
     "lr": 6e-5, "betas": [0.9, 0.999], "weight_decay": 0.01, "head_lr_multiplier": 10, "warmup_steps": 1500,
     "warmup_ratio": 1e-6, "power": 1.0, "loss_denominator": "all",
-    "class_weights": None, "label_smoothing": 0.0,
+    "class_weights": None, "label_smoothing": 0.0, "ohem_threshold": None, "ohem_min_kept": 100_000, "dice_weight": 0.0,
 }  # fmt: skip
 NETWORK = {"classifier_dropout_kind": "channel", "layer_norm_eps_kind": "hf", "merged_decode": True, "freeze": []}
-MINIMAL = {name: ["data.classes=[background,pothole]"] for name in ("folder", "csv", "hub", "coco")}
+NETWORK |= {"gradient_checkpointing": False, "compile": False}
+MINIMAL = {name: ["data.classes=[background,pothole]"] for name in ("folder", "csv", "hub", "coco", "imagenet")}
 
 
 def composed(*overrides: str, name: str = "train", missing: bool = False) -> dict:
@@ -50,10 +51,11 @@ def test_every_file_is_reached_by_a_choice(path: Path) -> None:
 @pytest.mark.parametrize("data", DATASETS)
 def test_every_dataset_builds_its_loaders_optimiser_and_network(data: str) -> None:
     config = composed(f"data={data}", "data.root=/data", *MINIMAL.get(data, []), "model.pretrained=null")
-    loaders = build("data", SegmentationData, config["data"], seed=config["seed"])
-    model, _ = build("model", build_segformer, config["model"], **loaders.network)
+    kind = kinds.kind(config["task"])
+    loaders = build("data", kind.data, config["data"], seed=config["seed"])
+    model, _ = build("model", kind.network, config["model"], **loaders.network)
     assert model.config.num_labels == len(config["data"]["classes"])
-    options = {key: value for key, value in config["optim"].items() if key not in LOSS}
+    options = {key: value for key, value in config["optim"].items() if key not in kind.task.LOSS}
     build("optim", adamw, options, model=model, max_steps=config["trainer"]["max_steps"])
 
 

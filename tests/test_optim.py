@@ -1,11 +1,13 @@
+import math
 import re
 
 import pytest
 import torch
 
 from segformer.config import VARIANTS, SegformerConfig
-from segformer.model import SegformerForSemanticSegmentation
-from segformer.optim import adamw, parameter_groups, warmup_poly
+from segformer.errors import UserError
+from segformer.model import SegformerForImageClassification, SegformerForSemanticSegmentation
+from segformer.optim import adamw, parameter_groups, warmup_cosine, warmup_poly
 
 RECIPE = {
     "lr": 6e-5,
@@ -95,6 +97,36 @@ def test_the_optimiser_is_the_papers(tiny) -> None:
 def test_no_warmup_starts_at_the_full_rate() -> None:
     assert warmup_poly(10, 0, 1e-6, 1.0)(0) == 1.0
     assert warmup_poly(10, 0, 1e-6, 0.9)(5) == pytest.approx(0.5**0.9)
+
+
+def test_a_cosine_falls_to_what_is_left_of_the_rate(tiny) -> None:
+    steps = {"max_steps": 100, "warmup_steps": 10, "schedule": "cosine", "end_ratio": 0.01}
+    optimizer, schedule = adamw(tiny, **RECIPE | steps)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=6e-5), T_max=100, eta_min=6e-7
+    )
+    for step in range(101):
+        expected = theirs.get_last_lr()[0] * (1 - (1 - step / 10) * (1 - 1e-6) if step < 10 else 1)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6)
+        optimizer.step()
+        schedule.step()
+        theirs.optimizer.step()
+        theirs.step()
+    assert warmup_cosine(100, 0, 1e-6)(50) == pytest.approx(0.5) and warmup_cosine(100, 0, 1e-6, 0.2)(100) == 0.2
+    assert warmup_cosine(100, 0, 1e-6)(25) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+def test_a_schedule_of_another_name_is_told(tiny) -> None:
+    with pytest.raises(UserError, match="optim.schedule is 'cosin' .did you mean 'cosine'..: choose from poly, cosine"):
+        adamw(tiny, max_steps=9, warmup_steps=1, schedule="cosin", **RECIPE)
+
+
+def test_a_classifiers_head_is_its_linear_layer() -> None:
+    model = SegformerForImageClassification(SegformerConfig.from_variant("b0", num_labels=3))
+    groups = {group["name"]: group for group in parameter_groups(model, 1.0, 0.05, head_lr_multiplier=10)}
+    assert [id(one) for one in groups["head"]["params"]] == [id(one) for one in model.classifier.parameters()]
+    assert groups["head"]["lr"] == 10 and groups["norms"]["weight_decay"] == 0
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
 
 
 def test_frozen_parameters_are_left_out(tiny) -> None:

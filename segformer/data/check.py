@@ -24,9 +24,10 @@ from segformer.data.findings import findings
 from segformer.data.sampler import mix
 from segformer.data.samples import Sample, Source, Stream
 from segformer.data.statistics import Survey, label_of, spread, survey
-from segformer.errors import SharedError, UserError, process
+from segformer.errors import SharedError, UserError
 from segformer.files import new_folder, to_json, write_atomically
 from segformer.labels import IGNORE, Classes, UndeclaredValues, distinct_colors, rgb
+from segformer.launch import process
 from segformer.visualize import as_rgb, overlay
 
 SPLITS = ("train", "val")

@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 
 from segformer.data.cache import Cached
 from segformer.data.dataset import Encoder, SegmentationDataset, Skipped, StreamedDataset, collate
-from segformer.data.sampler import EvaluationShard, Sampling, TrainingBatches
+from segformer.data.loaders import Loaders
+from segformer.data.sampler import Sampling
 from segformer.data.samples import Source, Stream
 from segformer.data.sources import open_source
-from segformer.data.statistics import class_pixels, cores, start_worker
+from segformer.data.statistics import class_pixels, cores
 from segformer.data.transforms import TrainTransform
 from segformer.errors import SharedError, UserError, build
 from segformer.inference import Protocol, pair
@@ -23,21 +24,24 @@ from segformer.pixels import MAX_PIXELS, MEAN, STD
 MAX_BANDS = 128
 
 
-class SegmentationData(pl.LightningDataModule):
+class SegmentationData(Loaders):
     """Training and validation data of one dataset.
 
     root: folder, archive or hub dataset in which `train` and `val` look; their kinds stand in `sources.open_source`.
     classes, ignore, mask_values, reduce_zero_label: the label contract (`labels.Classes`). train_ids: file names of
     masks that hold class indices instead of raw ids. batch_size: samples per optimiser step over all devices.
     micro_batch_size: most samples that a device takes at once, the rest of its share being accumulated; None = all of
-    it. crop_size: int or [height, width]. base_size: [long, short] that the scale multiplies, None = the image's own.
-    exact, augment: see `transforms.TrainTransform`. sampling: keywords of `sampler.Sampling`. protocol:
-    `inference.Protocol`. bands: channels of an image. mean, std: of each band on the scale 0 to 255, None = ImageNet's.
+    it, "auto" = as many as fit (`memory.settle_micro_batch`). crop_size: int or [height, width]. base_size: [long,
+    short] that the scale multiplies, None = the image's own. exact, augment: see `transforms.TrainTransform`. sampling:
+    keywords of `sampler.Sampling`. protocol: `inference.Protocol`. bands: channels of an image. mean, std: of each band
+    on the scale 0 to 255, None = ImageNet's.
     workers: processes that read samples for each training process, "auto" = its share of the cores, at most 8.
     worker_timeout: seconds without a batch after which a worker counts as hung. max_pixels: of one file. cache: folder
     for decoded samples. check: samples of each split that are looked at before training. on_bad_sample: "error", or
     "skip" what cannot be read in training, up to max_bad_share of the samples. seed: of order and augmentation.
     """
+
+    classes: Classes
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class SegmentationData(pl.LightningDataModule):
         protocol: Mapping[str, Any] | None = None,
         workers: int | str = "auto",
         seed: int = 0,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | str | None = None,
         worker_timeout: int = 300,
         max_pixels: int = MAX_PIXELS,
         train_ids: str | None = None,
@@ -71,16 +75,9 @@ class SegmentationData(pl.LightningDataModule):
         on_bad_sample: str = "error",
         max_bad_share: float = 0.01,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("micro_batch_size", micro_batch_size),
-            ("worker_timeout", worker_timeout),
-            ("max_pixels", max_pixels),
-            ("bands", bands),
-        ):
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}, expected at least 1")
+        super().__init__(batch_size, micro_batch_size, workers, worker_timeout, max_pixels, seed)
+        if bands < 1:
+            raise UserError(f"data.bands is {bands}, expected at least 1")
         if bands > MAX_BANDS:
             raise UserError(
                 f"data.bands is {bands}, expected at most {MAX_BANDS}, which OpenCV can resize: choose bands"
@@ -97,10 +94,6 @@ class SegmentationData(pl.LightningDataModule):
         self.encoder = Encoder(self.classes, train_ids)
         self.protocol = build("data.protocol", Protocol, protocol or {})
         self.sampling = build("data.sampling", Sampling, sampling or {})
-        self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
-        if workers != "auto" and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 0):
-            raise UserError(f"data.workers is {workers!r}, expected 'auto' or an integer of at least 0")
-        self.workers, self.worker_timeout = workers, worker_timeout
         self.bands = bands
         self.mean, self.std = _statistics("mean", mean, bands, MEAN), _statistics("std", std, bands, STD)
         self.crop_size = pair("data.crop_size", crop_size)
@@ -112,12 +105,10 @@ class SegmentationData(pl.LightningDataModule):
         self.specs = {"train": train, "val": val}
         self.root, self.cache, self.check = root, cache, check
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
-        self.datasets: dict[str, SegmentationDataset | Stream] = {}
-        self._max_pixels = max_pixels
 
     def source(self, split: str) -> Source | Stream:
         """The raw samples of "train" or "val"."""
-        source = open_source(split, self.specs[split], self.root, self._max_pixels, self.bands)
+        source = open_source(split, self.specs[split], self.root, self.max_pixels, self.bands)
         if isinstance(source, Stream):
             self._require_plain_reading(split)
             return source
@@ -142,12 +133,7 @@ class SegmentationData(pl.LightningDataModule):
                     f"take data.{split}.streaming=false"
                 )
 
-    def opened(self, *splits: str) -> "SegmentationData":
-        """Itself, with these splits opened, so that a wrong path is told before the network is built."""
-        self.datasets = {split: self._dataset(split) for split in splits}
-        return self
-
-    def _dataset(self, split: str) -> "SegmentationDataset | Stream":
+    def dataset(self, split: str) -> SegmentationDataset | Stream:
         source = self.source(split)
         if isinstance(source, Stream):
             return source
@@ -158,11 +144,6 @@ class SegmentationData(pl.LightningDataModule):
         skipped = Skipped(len(source), self.max_bad_share) if self.on_bad_sample == "skip" else None
         return SegmentationDataset(source, self.encoder, self.transform, skipped)
 
-    def images(self, split: str) -> int | None:
-        """The number of samples of an opened split, where it is known."""
-        dataset = self.datasets[split]
-        return dataset.known_length() if isinstance(dataset, Stream) else len(dataset)
-
     @property
     def network(self) -> dict[str, Any]:
         """What the network has to know of the data: the names of the classes, and the statistics of unusual images."""
@@ -170,66 +151,30 @@ class SegmentationData(pl.LightningDataModule):
         usual = (self.bands, self.mean, self.std) == (3, MEAN, STD)
         return {"names": self.classes.names, "statistics": {} if usual else numbers}
 
-    def accumulated(self, processes: int) -> int:
-        """Micro-batches of one optimiser step: the fewest equal ones that share `batch_size` over the processes."""
-        if self.batch_size % processes:
-            raise SharedError(
-                f"data.batch_size={self.batch_size} cannot be shared evenly by {processes} processes: "
-                f"use a multiple of {processes}, or another trainer.devices"
-            )
-        share = self.batch_size // processes
-        most = self.micro_batch_size or share
-        return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= most)
-
-    def require_images(self, processes: int) -> None:
-        """Raises SharedError unless each process has an image to score: Lightning leaves an idle one out and hangs."""
-        images = self.images("val")
-        if images is not None and images < processes:
-            raise SharedError(
-                f"data.val holds {images} image{'s' * (images > 1)} for {processes} processes, expected at least one "
-                f"for each: use trainer.devices={images}"
-            )
-
-    def summary(self, processes: int = 1) -> str:
-        """How many samples of what, and who takes how many of them in one optimiser step."""
-        counts = {split: self.images(split) for split in self.datasets}
-        sizes = ", ".join(f"{'streamed' if count is None else count} {split} images" for split, count in counts.items())
-        parts = self.accumulated(processes)
-        shares = [f"{count} {what}" for count, what in ((processes, "processes"), (parts, "accumulated")) if count > 1]
-        batch = f"batch of {self.batch_size}"
-        if shares:
-            batch += " = " + " x ".join([*shares, str(self.batch_size // (processes * parts))])
-        return f"{sizes}, {len(self.classes)} classes, {batch}"
+    @property
+    def scoring(self) -> dict[str, Any]:
+        return {"protocol": self.protocol}
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
-        dataset, options = self.datasets["train"], self._loader_options(trainer)
-        parts, step = trainer.accumulate_grad_batches, trainer.global_step  # restored before this, so a run goes on
-        micro = self.batch_size // (trainer.world_size * parts)
-        if isinstance(dataset, Stream):
-            self._require_rows(trainer.world_size)
-            streamed = StreamedDataset(
-                dataset,
-                self.encoder,
-                self.transform,
-                self.seed,
-                trainer.global_rank,
-                trainer.world_size,
-                start=step * parts,
-                batch_size=micro,
-            )
-            return DataLoader(streamed, batch_size=micro, **options)
-        batches = TrainingBatches(
-            self.sampling.order(self.seed, self._class_pixels(dataset, trainer)),
-            self.batch_size,
+        dataset = self.datasets["train"]
+        if not isinstance(dataset, Stream):
+            order = self.sampling.order(self.seed, self._class_pixels(dataset, trainer))
+            return self.training_loader(trainer, order, collate)
+        self._require_rows(trainer.world_size)
+        micro = self.micro_batch(trainer)
+        streamed = StreamedDataset(
+            dataset,
+            self.encoder,
+            self.transform,
             self.seed,
-            start_step=step,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            accumulate=parts,
+            trainer.global_rank,
+            trainer.world_size,
+            start=trainer.global_step * trainer.accumulate_grad_batches,
+            batch_size=micro,
         )
-        return DataLoader(dataset, batch_sampler=batches, **options)
+        return DataLoader(streamed, batch_size=micro, **self.loader_options(trainer, collate))
 
     def _require_rows(self, processes: int) -> None:
         rows = self.images("train")
@@ -247,31 +192,13 @@ class SegmentationData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
-        dataset, options = self.datasets["val"], self._loader_options(trainer)
         self.require_images(trainer.world_size)
-        place = trainer.global_rank, trainer.world_size
+        dataset = self.datasets["val"]
         # one image a batch: images keep their own sizes
-        if isinstance(dataset, Stream):
-            return DataLoader(StreamedDataset(dataset, self.encoder, None, 0, *place), batch_size=1, **options)
-        return DataLoader(dataset, sampler=EvaluationShard(len(dataset), *place), batch_size=1, **options)
-
-    def _loader_options(self, trainer: pl.Trainer) -> dict[str, Any]:
-        return {"collate_fn": collate, "pin_memory": _on_cuda(trainer), **self._worker_options(trainer)}
-
-    def _worker_options(self, trainer: pl.Trainer) -> dict[str, Any]:
-        workers = cores(trainer.num_devices) if self.workers == "auto" else int(self.workers)
-        if workers == 0:
-            return {"num_workers": 0}
-        return {
-            "num_workers": workers,
-            "persistent_workers": True,
-            "timeout": self.worker_timeout,
-            "worker_init_fn": start_worker,
-        }
-
-
-def _on_cuda(trainer: pl.Trainer) -> bool:
-    return trainer.strategy.root_device.type == "cuda"
+        if not isinstance(dataset, Stream):
+            return self.scoring_loader(trainer, 1, collate)
+        streamed = StreamedDataset(dataset, self.encoder, None, 0, trainer.global_rank, trainer.world_size)
+        return DataLoader(streamed, batch_size=1, **self.loader_options(trainer, collate))
 
 
 def _statistics(name: str, values: Any, bands: int, usual: Sequence[float]) -> tuple[float, ...]:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from segformer.data.dataset import Encoder
 from segformer.data.samples import Sample, Source, Stream, require_equal_sizes
 from segformer.data.transforms import scaled_size
-from segformer.errors import UserError, process
+from segformer.errors import UserError
 from segformer.labels import IGNORE, Classes, WrongKind, code
+from segformer.launch import outlast, process
 
 MAX_VALUES = 4096  # different values kept of one mask, the commonest: a photograph in place of a mask has more
 MAX_PROCESSES = 8
@@ -343,6 +344,7 @@ def _records(look: Dataset[Record], processes: int) -> Iterable[Record]:
 
 def start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # workers are the parallelism; threads inside them fight for the same cores
+    outlast()
 
 
 def cores(processes: int = 1) -> int:

@@ -1,0 +1,171 @@
+"""What ends a run before its last step: a signal, or a number that is no number."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from segformer.errors import SharedError
+from segformer.launch import STOPPED, spawned
+from segformer.states import LastCheckpoint
+from segformer.task import Task
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+ECHO = 2.0  # seconds in which a repeated signal counts as the same one: launchers pass on what all processes got anyway
+SCALER_TRIES = 20  # overflowing steps in a row that fp16's loss scaler may skip: it halves from 65536 to below 1
+
+
+class Stopped(SystemExit):
+    """The run saved its state and ends because a signal asked it to; `code` is the exit code of this process."""
+
+
+class Stops(pl.Callback):
+    """Ends all processes of a run together: at the same optimiser step, with its state saved.
+
+    Lightning's own handlers run a collective operation inside a signal handler, where it meets another one and hangs
+    (Lightning-AI/pytorch-lightning#20806). Here a handler sets a flag, which the processes compare once a step; with it
+    they compare whether anyone's loss or gradient is not finite, before the step changes a weight.
+    """
+
+    def __init__(self, last: LastCheckpoint) -> None:
+        self.last, self.asked, self.agreed, self.since = last, 0, 0, 0.0
+        self.group: Any = None  # of the CPU, so that nothing waits for a GPU
+        self.before: dict[int, Any] = {}
+        self.overflows = 0
+
+    def setup(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+        # the one place in Lightning where its handlers come in
+        trainer._signal_connector.register_signal_handlers = self._listen  # type: ignore[method-assign]
+        if trainer.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
+
+    def teardown(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before.clear()
+
+    def _listen(self) -> None:
+        for number in SIGNALS:
+            self.before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            self.asked, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > ECHO:  # meant: at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _agree(self, *flags: int) -> list[int]:
+        """The largest of each flag over all processes."""
+        if self.group is None:
+            return list(flags)
+        largest = torch.tensor(flags)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest.tolist()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(task, Task)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        norm = gradient_norm(task)
+        task.log("train/grad_norm", norm)
+        finite = bool(torch.isfinite(norm + task.step_loss))
+        self.agreed, broken = self._agree(self.asked, not finite)
+        self.overflows = self.overflows + 1 if broken else 0
+        if broken and (scaler is None or self.overflows > SCALER_TRIES):
+            self._not_finite(trainer, task, norm)
+
+    def _not_finite(self, trainer: pl.Trainer, task: Task, norm: Tensor) -> None:
+        step, loss = trainer.global_step, float(task.step_loss)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        names = data.sample_names(step)
+        found = f"the loss is {loss}" if not torch.isfinite(task.step_loss) else f"the gradient's norm is {float(norm)}"
+        if not self.last.debug:
+            kept = self.last.path.with_name("nonfinite.ckpt")
+            trainer.save_checkpoint(kept)
+            replay = f"resume={kept} takes the same step again; "
+        raise SharedError(
+            f"{found if trainer.world_size == 1 else 'the loss or its gradient is not finite'} at step {step}, before "
+            f"which training stopped (samples: {_listed(names)}): {locals().get('replay', '')}likely causes are a "
+            f"learning rate that is too high (optim.lr={task.optim.get('lr')}; try a tenth, or "
+            f"trainer.gradient_clip_val=1), half precision (trainer.precision={trainer.precision}; try 32-true), or "
+            "one of the samples"
+        )
+
+    def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 or self.agreed == 0:  # what came before the first step is compared in it
+            return
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.last.save(trainer)
+            raise Stopped(self._code())
+
+    # Validation may take minutes, and the processes do not take it in step. Who is asked to stop says so in the store;
+    # all others look there before each image, and everyone compares once: on leaving, or at the end.
+
+    def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if self.agreed:  # the state before the step that led here has been saved
+            raise Stopped(self._code())
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.group is not None:
+            store = dist.distributed_c10d._get_default_store()
+            if self.asked:
+                store.set("stop", str(self.asked))
+            if store.check(["stop"]):
+                self.asked = int(store.get("stop"))
+        if self.asked:
+            self._leave_validation()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._leave_validation()
+
+    def _leave_validation(self) -> None:
+        (self.agreed,) = self._agree(self.asked)
+        if self.agreed:
+            raise Stopped(self._code())
+
+    def _code(self) -> int:
+        # Lightning kills the first process where one that it spawned ends with anything but 0
+        return 0 if spawned() else 128 + signal.SIGINT if self.agreed == signal.SIGINT else STOPPED
+
+    def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, Stopped) or not trainer.is_global_zero:
+            return
+        name, run = signal.Signals(self.agreed).name, self.last.path.parent
+        trainer.print(f"stopped by {name} after step {trainer.global_step}; goes on with resume={run}")
+        if name == "SIGUSR1" and "SLURM_JOB_ID" in os.environ:
+            _requeue()
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The 2-norm of all gradients; a scalar, not read from the device."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients)
+
+
+def _requeue() -> None:
+    """Asks SLURM to start this job anew: with resume=auto it goes on."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    scontrol = shutil.which("scontrol")
+    if scontrol and re.fullmatch(r"[0-9_]+", job):
+        done = subprocess.run([scontrol, "requeue", job], check=False)
+        print(f"job {job} was {'' if done.returncode == 0 else 'NOT '}requeued")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "streamed, without names"

@@ -1,0 +1,237 @@
+"""Runs that are killed, stopped, moved to other hardware or short of disk: what they learn must not depend on it."""
+
+import csv
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.survival import SMALL, Nursery, Ranks, Run, differences, learnt, only_run
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes as Linux shows them")
+
+# everything that has a state: dropout, drop-path, accumulation, an average, validations and checkpoints out of step
+LIFE = [
+    *SMALL,
+    *("data.micro_batch_size=1", "data.workers=1", "model.drop_path_rate=0.1", "trainer.ema_decay=0.99"),
+    *("trainer.max_steps=40", "trainer.val_check_interval=9", "trainer.checkpoint_interval=4"),
+]
+SLOW = pytest.mark.slow  # minutes: every moment is a training process
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(nursery, tmp_path_factory):
+    """`unbroken(ranks)` -> the folder of a run that nothing happened to."""
+    done: dict[int, Path] = {}
+
+    def folder(count: int) -> Path:
+        if count not in done:
+            here = tmp_path_factory.mktemp(f"unbroken-{count}")
+            run = Ranks(nursery, count, here, *LIFE)
+            assert run.end(300) == [0] * count, run.text
+            done[count] = only_run(here)
+        return done[count]
+
+    return folder
+
+
+def rows(folder: Path, column: str) -> list[tuple[int, float]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"), [(1, 3), pytest.param(1, 20, marks=SLOW), (2, 2), pytest.param(2, 20, marks=SLOW)]
+)
+def test_a_run_killed_at_any_moment_learns_what_an_unbroken_one_learns(
+    nursery, unbroken, tmp_path, count, kills
+) -> None:
+    """Bit for bit; what reads the samples may change every time."""
+    moments = random.Random(count * 100 + kills)
+    run = Ranks(nursery, count, tmp_path, *LIFE, "hydra.run.dir=run")
+    run.wait_for("step 1 of")
+    reached = []
+    for kill in range(kills):
+        time.sleep(moments.uniform(0.05, 3))
+        run.hit(signal.SIGKILL)
+        run.end(20)
+        assert any((tmp_path / "run").glob("last*.ckpt")) or kill == 0
+        resume = ["resume=run"] if any((tmp_path / "run").glob("last*.ckpt")) else [*LIFE, f"hydra.run.dir=run{kill}"]
+        if resume == ["resume=run"]:
+            reached.append(torch.load(next((tmp_path / "run").glob("last*.ckpt")), weights_only=True)["global_step"])
+        run = Ranks(nursery, count, tmp_path, *resume, f"data.workers={kill % 3}")
+        run.wait_for("run folder")
+    assert run.end(300) == [0] * count, run.text
+    print("steps at which it was killed:", reached)
+    assert differences(learnt(unbroken(count)), learnt(tmp_path / "run")) == []
+    for column in ("train/loss", "val/miou"):  # the log is that of one run, too: each step once
+        assert rows(tmp_path / "run", column) == rows(unbroken(count), column)
+    assert {path.name for path in (tmp_path / "run").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "last-1.ckpt"}
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@SLOW
+def test_four_processes_killed_agree_with_four_unbroken_ones_to_rounding(nursery, unbroken, tmp_path) -> None:
+    run = Ranks(nursery, 4, tmp_path, *LIFE, "hydra.run.dir=run")
+    run.wait_for("step 10 of")
+    run.wait_for("mIoU")
+    run.hit(signal.SIGKILL)
+    run.end(20)
+    run = Ranks(nursery, 4, tmp_path, "resume=run")
+    assert run.end(300) == [0] * 4, run.text
+    whole, broken = learnt(unbroken(4)), learnt(tmp_path / "run")
+    assert whole["global_step"] == broken["global_step"] == 40
+    for name, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(broken["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(nursery, unbroken, tmp_path, before, after) -> None:
+    run = Ranks(nursery, before, tmp_path, *LIFE, "hydra.run.dir=run")
+    run.wait_for("mIoU")
+    run.hit(signal.SIGTERM)
+    assert run.end(20) == [143] * before, run.text
+    steps = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < steps < 40
+    run = Ranks(nursery, after, tmp_path, "resume=run")
+    assert run.end(300) == [0] * after, run.text
+    # dropout draws by process, and BatchNorm sees the micro-batches of the first one: close, not equal
+    for (step, loss), (expected_step, expected) in zip(
+        rows(tmp_path / "run", "train/loss"), rows(unbroken(before), "train/loss"), strict=True
+    ):
+        assert step == expected_step and loss == pytest.approx(expected, rel=1e-6 if step < steps else 0.2)
+
+
+TARGETS = {"all": None, "rank 0": [0], "rank 1": [1]}
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=SLOW)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_processes_stop_together_wherever_the_signal_goes(nursery, unbroken, tmp_path, target, times) -> None:
+    moments = random.Random(times)
+    for number in range(times):
+        here = tmp_path / str(number)
+        here.mkdir()
+        run = Ranks(nursery, 2, here, *LIFE, "hydra.run.dir=run")
+        run.wait_for("step 1 of")
+        time.sleep(moments.uniform(0, 4) if number else 0)
+        start = time.monotonic()
+        run.hit(signal.SIGTERM, TARGETS[target])
+        assert run.end(20) == [143, 143], run.text
+        print(f"{target}, {number}: ended after {time.monotonic() - start:.1f} s")
+        assert run.text.count("stopped by SIGTERM after step") == 1 and "Traceback" not in run.text
+        run = Ranks(nursery, 2, here, "resume=run")
+        assert run.end(300) == [0, 0], run.text
+        assert differences(learnt(unbroken(2)), learnt(here / "run")) == []
+
+
+@pytest.mark.parametrize("target", [None, pytest.param([0], marks=SLOW), pytest.param([1], marks=SLOW)])
+def test_processes_that_one_command_started_end_with_code_143(unbroken, tmp_path, target) -> None:
+    run = Run(tmp_path, *LIFE, "trainer.devices=2", "trainer.strategy=ddp")
+    run.wait_for("step 1 of", 200)
+    run.hit(signal.SIGTERM, target)
+    assert run.end(20) == 143, run.text
+    assert "stopped by SIGTERM" in run.text and "Traceback" not in run.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_stopped_before_training_takes_the_others_along(tmp_path, rank) -> None:
+    run = Run(tmp_path, *LIFE, "trainer.devices=2", "trainer.strategy=ddp")
+    deadline = time.monotonic() + 200
+    while not run.listens(1, signal.SIGTERM):
+        assert time.monotonic() < deadline, run.text
+        time.sleep(0.05)
+    run.hit(signal.SIGTERM, [rank])
+    assert run.end(20) in (143, -signal.SIGTERM), run.text  # a shell says 143 for either
+
+
+def test_a_second_signal_ends_a_run_at_once_but_an_echo_does_not(nursery, tmp_path) -> None:
+    slow = [*LIFE, "data.micro_batch_size=null", "data.batch_size=12", "data.crop_size=512"]  # seconds a step
+    run = Ranks(nursery, 1, tmp_path, *slow)
+    run.wait_for("step 1 of")
+    run.hit(signal.SIGTERM)
+    run.hit(signal.SIGTERM)  # as torchrun passes on what the whole group got
+    time.sleep(2.2)
+    running = Path(f"/proc/{run.ids[0]}/stat").read_text().split()[2] != "Z"
+    run.hit(signal.SIGTERM)
+    assert run.end(20) == [143]
+    assert not running or "stopped by" not in run.text
+
+
+def test_ctrl_c_saves_and_ends_with_its_own_code(nursery, tmp_path) -> None:
+    run = Ranks(nursery, 1, tmp_path, *LIFE)
+    run.wait_for("step 1 of")
+    run.hit(signal.SIGINT)
+    assert run.end(20) == [130] and "stopped by SIGINT" in run.text
+    assert torch.load(only_run(tmp_path) / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+def test_a_damaged_last_checkpoint_is_told_and_the_one_before_it_taken(nursery, unbroken, tmp_path) -> None:
+    run = Ranks(nursery, 1, tmp_path, *LIFE, "hydra.run.dir=run")
+    run.wait_for("mIoU")
+    run.hit(signal.SIGTERM)
+    assert run.end(20) == [143]
+    last = tmp_path / "run" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, which torch.load would not notice
+    last.write_bytes(content)
+    run = Ranks(nursery, 1, tmp_path, "resume=run")
+    assert run.end(300) == [0], run.text
+    assert (
+        "warning: cannot read checkpoint" in run.text and f"going on from {last.with_name('last-1.ckpt')}" in run.text
+    )
+    assert differences(learnt(unbroken(1)), learnt(tmp_path / "run")) == []
+
+
+def test_numbers_that_are_not_finite_stop_all_processes_before_a_weight_changes(nursery, tmp_path) -> None:
+    run = Ranks(nursery, 2, tmp_path, *LIFE, "optim.lr=1e25", "hydra.run.dir=run")
+    assert run.end(100) == [1, 1], run.text
+    (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    assert "not finite at step" in line and "scene" in line and "nonfinite.ckpt takes the same step again" in line
+    kept = torch.load(tmp_path / "run" / "nonfinite.ckpt", weights_only=True)
+    assert all(
+        torch.isfinite(tensor).all() for name, tensor in kept["current_model_state"].items() if "norm" not in name
+    )
+    step = int(line.partition("at step ")[2].partition(",")[0])
+    assert kept["global_step"] == step
+    again = Ranks(nursery, 2, tmp_path, "resume=run/nonfinite.ckpt")
+    assert again.end(100) == [1, 1]
+    assert f"at step {step}, before" in again.text and f"goes on from {tmp_path}/run/nonfinite.ckpt" in again.text
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(nursery, unbroken, tmp_path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs a small disk of its own, and may not mount one: {mounted.stderr.decode().strip()}")
+    try:
+        run = Ranks(nursery, 1, disk, *LIFE, "hydra.run.dir=run")
+        run.wait_for("mIoU")
+        with suppress(OSError), (disk / "ballast").open("wb") as ballast:  # until there is no space left
+            while True:
+                ballast.write(bytes(2**20))
+        before = torch.load(disk / "run" / "last.ckpt", weights_only=True)["global_step"]
+        run.wait_for("the disk is full")
+        assert torch.load(disk / "run" / "last.ckpt", weights_only=True)["global_step"] >= before  # as it was: whole
+        (disk / "ballast").unlink()
+        assert run.end(300) == [0], run.text
+        line = next(line for line in run.text.splitlines() if "the disk is full" in line)
+        assert "needs" in line and "MiB are free; the one before is as it was" in line and "Training goes on" in line
+        assert differences(learnt(unbroken(1)), learnt(disk / "run")) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
