@@ -33,8 +33,7 @@ class Kind:
 
     def watchers(self, run: Path, config: Mapping[str, Any], data: Any) -> list[pl.Callback]:
         """The callbacks that show and log what happens in the run folder `run`."""
-        score = self.task.MONITOR
-        common = [Progress(data.batch_size), Monitor(), Curves(run, score), RunFacts(run, config, data)]
+        common = [Progress(data.batch_size), Monitor(), Curves(run), RunFacts(run, config, data)]
         if self.task is SegmentationTask:
             return [*common, ClassScores(data.classes.names), Previews(run, data.classes)]
         return common

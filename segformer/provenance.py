@@ -85,15 +85,6 @@ def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     return hidden
 
 
-def withheld(values: Any, key: str = "") -> list[str]:
-    """The dotted keys of a redacted configuration whose values have to be given again: `["logger.wandb.api_key"]`."""
-    if isinstance(values, Mapping):
-        return [found for name, value in values.items() for found in withheld(value, f"{key}.{name}".lstrip("."))]
-    if isinstance(values, list):
-        return [found for index, value in enumerate(values) for found in withheld(value, f"{key}[{index}]")]
-    return [key] if isinstance(values, str) and REDACTED in values else []
-
-
 def names_secret(key: str) -> bool:
     """Whether a key names a secret, by its words: parts between _ and -, and between small and capital letters."""
     words = re.findall("[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key).lower())

@@ -165,7 +165,7 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
         found, stored = _value(config, key), _value(saved, key)
         if allowed:
             _set(saved, key, found)
-        elif key != "resume" and found != stored:
+        elif key != "resume" and stored not in (found, REDACTED):
             raise UserError(
                 f"cannot change {key} from {stored} to {found} when resuming {run}: only {', '.join(_MAY_CHANGE)} may "
                 "differ; start a new run with model.pretrained= to change the recipe"
@@ -202,7 +202,7 @@ def _with_secrets(saved: Any, given: Any, where: str = "") -> Any:
     if isinstance(saved, Mapping):
         found = given if isinstance(given, Mapping) else {}
         return {key: _with_secrets(value, found.get(key), f"{where}.{key}".lstrip(".")) for key, value in saved.items()}
-    if saved != REDACTED:
+    if not isinstance(saved, str) or REDACTED not in saved:
         return saved
     if given is None:
         raise UserError(f"{where} is a secret, which a run folder does not keep: give {where}=... again")

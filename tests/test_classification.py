@@ -6,10 +6,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from segformer import resume
 from segformer.__main__ import main
 from segformer.classification import ClassificationTask, Hits
+from segformer.config import VARIANTS
 from segformer.data.classification import ClassificationData
 from segformer.errors import build
 from segformer.model import (
@@ -19,8 +22,8 @@ from segformer.model import (
     build_segformer,
 )
 from segformer.pixels import normalize
-from tests.conftest import randomize
-from tests.data.test_classification import CLASSES, PLAIN, shapes
+from tests.conftest import ROOT, randomize
+from tests.data.test_classification_data import CLASSES, PLAIN, shapes
 from tests.test_task import quiet
 
 OPTIM = {
@@ -165,6 +168,30 @@ def test_a_run_that_goes_on_takes_the_same_steps(tree, tmp_path) -> None:
     whole = losses(4)
     assert losses(2) == whole[:2]
     assert losses(4, tmp_path / "2.ckpt") == whole[2:]
+
+
+IMAGES, BATCH = 1_281_167, 1024  # of ImageNet-1k's training set, of DeiT's recipe
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_word_is_deits_recipe_in_steps(variant) -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        overrides = ["data=imagenet", f"model={variant}", "data.root=/data", "data.classes=[cat,dog]"]
+        config = OmegaConf.to_container(compose("train", overrides), resolve=True, throw_on_missing=True)
+    data, steps = build("data", ClassificationData, config["data"], seed=0), config["trainer"]["max_steps"]
+    assert (data.batch_size, data.crop_size, data.mixup, data.cutmix) == (BATCH, (224, 224), 0.8, 1.0)
+    assert (data.random_erasing, data.randaugment) == (0.25, {"num_ops": 2, "magnitude": 9})
+    assert steps == int(300 * IMAGES / BATCH) and config["trainer"]["val_check_interval"] == IMAGES // BATCH
+    model, told = build("model", build_classifier, config["model"], **data.network)
+    assert told == "all weights start fresh" and model.config.drop_path_rate == 0.1 and model.config.num_labels == 2
+    task = ClassificationTask(model, config["optim"], steps)
+    assert task.loss == {"label_smoothing": 0.1}
+    schedule = task.configure_optimizers()["lr_scheduler"]["scheduler"]
+    factor, warm = schedule.lr_lambdas[0], round(5 * IMAGES / BATCH)
+    assert schedule.base_lrs == [1e-3] * 3 and config["optim"]["warmup_steps"] == warm
+    assert factor(0) == pytest.approx(1e-3) and factor(warm) == pytest.approx(1, abs=1e-3)
+    assert 1e-3 * factor(steps) == pytest.approx(1e-5)
+    assert [group["weight_decay"] for group in schedule.optimizer.param_groups] == [0.05, 0.0, 0.05]
 
 
 class Watch(pl.Callback):

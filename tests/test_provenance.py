@@ -22,7 +22,7 @@ from segformer.data.pairs import Pairs
 from segformer.data.samples import Foreign, Selected
 from segformer.data.sources import open_source
 from segformer.data.toy import ToyScenes
-from segformer.provenance import fingerprint, git_state, names_secret, redacted, redacted_arguments, versions, withheld
+from segformer.provenance import fingerprint, git_state, names_secret, redacted, redacted_arguments, versions
 
 PATTERNS = {"images": "images/*", "masks": "masks/*"}
 SECRET = (
@@ -65,8 +65,6 @@ def test_a_redacted_configuration_is_a_copy_without_secrets() -> None:
         "data": {"root": "https://host/x", "classes": ["a", "b"], "scale": [0.5, 2.0]},
     }
     assert json.dumps(config) == before and redacted(redacted(config)) == redacted(config)
-    assert withheld(redacted(config)) == ["logger.wandb.api_key", "password", "auth.user", "auth.words[0]",
-                                          "auth.words[1]"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -538,12 +538,32 @@ def test_a_folder_in_hugging_face_layout_is_scored_with_data(here, run) -> None:
         tools(["convert", str(best), "model"])  # never over an older one
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_loggers_by_name(here, run, logger) -> None:
-    code, _, err = run(train, *SMALL, "trainer.max_steps=2", f"logger={logger}")
+def test_several_loggers_by_name(here, run) -> None:
+    code, _, err = run(train, *SMALL, "trainer.max_steps=2", "logger=[tensorboard,wandb,mlflow]")
+    assert code == 0, err
+    assert {"metrics.csv", "tensorboard", "wandb", "mlflow.db"} <= {path.name for path in only_run(here).iterdir()}
+
+
+class Account(CSVLogger):
+    """A logger that wants a secret."""
+
+    def __init__(self, save_dir: Path, token: str) -> None:
+        assert token == "hunter2hunter2"
+        super().__init__(save_dir, name="account")
+
+
+def test_secrets_stand_nowhere_in_a_run_and_are_asked_for_again(here, run) -> None:
+    account = ["+logger.mine._target_=tests.test_train_evaluate.Account", "+logger.mine.token=hunter2hunter2"]
+    code, _, err = run(train, *SMALL, "trainer.max_steps=2", *account)
     assert code == 0, err
     folder = only_run(here)
-    assert (folder / "metrics.csv").is_file() and (folder / logger).exists()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not any(b"hunter2" in path.read_bytes() for path in files)
+    assert "logger.mine.token is a secret, which a run folder does not keep: give logger.mine.token=... again" in told(
+        run(train, f"resume={folder}")
+    )
+    code, _, err = run(train, f"resume={folder}", *account)
+    assert code == 0, err
 
 
 def test_debug_runs_two_steps_and_writes_nothing(here, run) -> None:

@@ -322,6 +322,15 @@ def test_mixed_batches_carry_probabilities(tree) -> None:
         assert batch["label"].shape == (6, 3) and batch["label"].sum(1).tolist() == pytest.approx([1] * 6)
 
 
+def test_samples_and_mixing_travel_to_a_worker_that_is_started_anew(tree) -> None:
+    """As on macOS and Windows, where a worker gets everything pickled."""
+    data, mix = opened(tree, "train", **STRONG).datasets["train"], Mix(0.8, 1.0, 3)
+    there, mix_there = pickle.loads(pickle.dumps((data, mix)))
+    assert torch.equal(there[Draw(3, 7)]["image"], data[Draw(3, 7)]["image"])
+    images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    assert all(map(torch.equal, mix_there(images, labels, 1), mix(images, labels, 1)))
+
+
 def test_the_network_takes_the_bytes(tree) -> None:
     data = opened(tree, "train")
     model, _ = build_classifier(**data.network, variant="b0")
