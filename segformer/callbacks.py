@@ -34,6 +34,7 @@ from segformer.visualize import panel
 
 PREVIEWS = 4  # panels drawn at each validation
 NAMES = {"val/miou": "mIoU", "val/top1": "top-1"}
+PLURAL = {"image": "images", "batch": "batches"}
 LINE_SECONDS = 15  # between two lines of progress where there is no terminal to redraw
 
 
@@ -104,7 +105,8 @@ class Progress(ProgressBar):
         hidden = not (self.enabled_ and self.terminal)
         batches = sum(trainer.num_val_batches)  # infinite where a stream does not tell
         total = int(batches) if math.isfinite(batches) else None
-        self.scoring = tqdm(total=total, desc="validate", unit="image", leave=False, disable=hidden)
+        self.unit = "image" if task.MONITOR == "val/miou" else "batch"  # images keep their own sizes
+        self.scoring = tqdm(total=total, desc="validate", unit=self.unit, leave=False, disable=hidden)
         self.scored, self.line = 0, time.monotonic()
 
     def on_validation_batch_end(self, *_: Any) -> None:
@@ -112,7 +114,7 @@ class Progress(ProgressBar):
         self.scoring.update()
         if self.enabled_ and not self.terminal and time.monotonic() - self.line >= LINE_SECONDS:
             self.line = time.monotonic()
-            self.print(f"validate: {self.scored} of {self.scoring.total or 'streamed'} images")
+            self.print(f"validate: {self.scored} of {self.scoring.total or 'streamed'} {PLURAL[self.unit]}")
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         self.scoring.close()

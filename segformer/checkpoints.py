@@ -219,28 +219,30 @@ def read(
 def start_from(model: Pretrained, source: str | os.PathLike[str]) -> str:
     """Loads pretrained weights of any naming for training and says what was taken.
 
-    The encoder must fit whole, but for its stem, which is adapted from RGB to the model's bands. The decode head is
+    The encoder must fit whole, but for its stem, which is adapted from RGB to the model's bands. The model's head is
     taken when it fits too (a checkpoint of the same classes) and otherwise stays as initialised: fine-tuning on other
     classes is the usual case. The licence of the weights, where one is known, goes into the model's configuration.
     """
     checkpoint, own = read(source), model.state_dict()
     adapted = adapt_stem(checkpoint.weights, model.config.num_channels)
     encoder = under(checkpoint.weights, "segformer.")
-    head, fresh = under(checkpoint.weights, "decode_head."), under(own, "decode_head.")
-    head_fits = {name: tensor.shape for name, tensor in head.items()} == {n: t.shape for n, t in fresh.items()}
+    prefix = next(prefix for prefix in HEADS if under(own, prefix))
+    name, classifier = prefix[:-1].replace("_", " "), f"{prefix.removesuffix('classifier.')}classifier.weight"
+    head, fresh = under(checkpoint.weights, prefix), under(own, prefix)
+    head_fits = {n: t.shape for n, t in head.items()} == {n: t.shape for n, t in fresh.items()}
     load(model, {**(head if head_fits else fresh), **encoder}, str(source))
     if checkpoint.license:
         model.config.weights_license = checkpoint.license  # type: ignore[attr-defined]
     end = "".join(f"; {note}" for note in adapted)
     if head_fits:
-        return f"loaded encoder and decode head from {source}{end}"
+        return f"loaded encoder and {name} from {source}{end}"
     why = "its decode head is mmsegmentation's" if has_mmseg_head(head) else "its width differs"
     if not head:
         why = "the checkpoint has none"
-    elif "decode_head.classifier.weight" in head:
-        found, wanted = (len(side["decode_head.classifier.weight"]) for side in (head, own))
+    elif classifier in head:
+        found, wanted = (len(side[classifier]) for side in (head, own))
         why = f"the checkpoint has {found} classes, the data {wanted}" if found != wanted else why
-    return f"loaded the encoder from {source}; the decode head starts fresh ({why}){end}"
+    return f"loaded the encoder from {source}; the {name} starts fresh ({why}){end}"
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -305,6 +307,11 @@ def training_config(source: str | os.PathLike[str], needed: bool) -> dict[str, A
     if not needed and (path.suffix != ".ckpt" or _trained(_unpickle(path)) is None):
         return {}
     config: dict[str, Any] = load_checkpoint(path)["hyper_parameters"]["config"]
+    if config.get("task", "segmentation") != "segmentation":
+        raise UserError(
+            f"{source} is a classifier, whose scores stand in its run's metrics.csv: evaluate.py scores segmentation, "
+            f"which train.py model.pretrained={source} starts from it"
+        )
     if needed and any("_target_" in config["data"][split] for split in ("train", "val")):
         raise UserError(
             f"{source} was trained on a source class of your own, which a checkpoint may not start: add data=NAME"

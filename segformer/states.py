@@ -181,9 +181,12 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning counts micro-batches, of which another number of devices may need more or fewer a step
         step, loops = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+        batches = step * trainer.accumulate_grad_batches
         for counters in (loops["epoch_loop.batch_progress"][name] for name in ("current", "total")):
-            counters.update(dict.fromkeys(counters, step * trainer.accumulate_grad_batches))
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step  # the step that loggers are told
+            counters.update(dict.fromkeys(counters, batches))
+        # the step that loggers are told: Lightning adds one where it leaves out a validation that was due here
+        validated = trainer.enable_validation and batches % int(trainer.val_check_interval) == 0
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - validated
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         step, parts = trainer.global_step, trainer.accumulate_grad_batches

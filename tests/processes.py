@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc-per-node 2 tests/processes.py OUT.json S
 import json
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -29,17 +30,22 @@ def scored(scenes: int) -> dict[str, float]:
     return {"images": task.images_scored, "miou": task.scores.miou}
 
 
-def losses(steps: int) -> list[float]:
+def losses(steps: int) -> tuple[list[float], list[str]]:
+    """The loss of each step, and a digest of the weights that each process ends with."""
     record = Record(frozen=True)
-    trained(record, steps, batch_size=16)
+    task = trained(record, steps, batch_size=16)
     assert all(len(images) == 16 // PROCESSES for images, _ in record.batches)
-    return record.losses
+    digest = sha256(b"".join(weight.detach().numpy().tobytes() for weight in task.parameters())).hexdigest()
+    digests = [digest] * PROCESSES
+    if PROCESSES > 1:
+        torch.distributed.all_gather_object(digests, digest)
+    return record.losses, digests
 
 
 if __name__ == "__main__":
     out, scenes, steps = sys.argv[1:]
     torch.manual_seed(0)
     found = {"scores": {number: scored(int(number)) for number in scenes.split(",")}}
-    found["losses"] = losses(int(steps)) if int(steps) else []
+    found["losses"], found["weights"] = losses(int(steps)) if int(steps) else ([], [])
     if int(os.environ.get("RANK", "0")) == 0:
         Path(out).write_text(json.dumps(found))

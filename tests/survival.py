@@ -111,24 +111,23 @@ class Nursery:
 class Ranks:
     """A training run of forked ranks, with the interface of `Run`."""
 
-    def __init__(self, nursery: Nursery, count: int, here: Path, *overrides: str) -> None:
+    def __init__(
+        self, nursery: Nursery, count: int, here: Path, *overrides: str, environments: Sequence[dict[str, str]] = ()
+    ) -> None:
         self.nursery, self.log = nursery, here / f"log-{time.monotonic_ns()}.txt"
         self.log.touch()
-        more = {}
         if count > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])
-            more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-            more |= {"TORCHELASTIC_RUN_ID": "survival", "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+            shared |= {"TORCHELASTIC_RUN_ID": "survival", "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+            environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
             overrides = (*overrides, f"trainer.devices={count}", "trainer.strategy=ddp")
         self.ids = [
-            nursery.ask(
-                arguments=list(overrides), here=str(here), log=str(self.log),
-                environment=more | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
-            )
-            for rank in range(count)
-        ]  # fmt: skip
+            nursery.ask(arguments=list(overrides), here=str(here), log=str(self.log), environment=environment)
+            for environment in environments or [{}]
+        ]
 
     def hit(self, number: int, ranks: Sequence[int] | None = None) -> None:
         for rank in ranks if ranks is not None else range(len(self.ids)):

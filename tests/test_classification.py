@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from segformer import resume
 from segformer.__main__ import main
 from segformer.classification import ClassificationTask, Hits
-from segformer.config import VARIANTS
 from segformer.data.classification import ClassificationData
 from segformer.errors import build
 from segformer.model import (
@@ -136,6 +135,21 @@ def test_its_checkpoint_starts_a_segmentation_run(run) -> None:
         SegformerForSemanticSegmentation.from_pretrained(path)
 
 
+def test_a_classifier_starts_from_its_likes(run, tmp_path) -> None:
+    """The same classes take the linear layer along; other classes, and an encoder alone, leave it fresh."""
+    _, path = run
+    stored = torch.load(path, weights_only=True)["state_dict"]
+    same, told = build_classifier(CLASSES, "b0", pretrained=str(path))
+    assert told == f"loaded encoder and classifier from {path}" and same.training
+    assert all(torch.equal(stored[f"model.{name}"], tensor) for name, tensor in same.state_dict().items())
+    other, told = build_classifier([*CLASSES, "eel"], "b0", pretrained=str(path))
+    assert told.endswith("; the classifier starts fresh (the checkpoint has 3 classes, the data 4)")
+    assert other.classifier.out_features == 4
+    SegformerForSemanticSegmentation(other.config).save_pretrained(tmp_path / "folder")
+    _, told = build_classifier(CLASSES, "b0", pretrained=str(tmp_path / "folder"))
+    assert told.endswith("; the classifier starts fresh (the checkpoint has none)")
+
+
 def test_transformers_loads_what_convert_makes_of_it(run, tmp_path, capsys) -> None:
     _, path = run
     main(["convert", str(path), str(tmp_path / "folder")])
@@ -173,7 +187,7 @@ def test_a_run_that_goes_on_takes_the_same_steps(tree, tmp_path) -> None:
 IMAGES, BATCH = 1_281_167, 1024  # of ImageNet-1k's training set, of DeiT's recipe
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["b0", "b5"])
 def test_one_word_is_deits_recipe_in_steps(variant) -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         overrides = ["data=imagenet", f"model={variant}", "data.root=/data", "data.classes=[cat,dog]"]
@@ -181,7 +195,7 @@ def test_one_word_is_deits_recipe_in_steps(variant) -> None:
     data, steps = build("data", ClassificationData, config["data"], seed=0), config["trainer"]["max_steps"]
     assert (data.batch_size, data.crop_size, data.mixup, data.cutmix) == (BATCH, (224, 224), 0.8, 1.0)
     assert (data.random_erasing, data.randaugment) == (0.25, {"num_ops": 2, "magnitude": 9})
-    assert steps == int(300 * IMAGES / BATCH) and config["trainer"]["val_check_interval"] == IMAGES // BATCH
+    assert steps == round(300 * IMAGES / BATCH) and config["trainer"]["val_check_interval"] == IMAGES // BATCH
     model, told = build("model", build_classifier, config["model"], **data.network)
     assert told == "all weights start fresh" and model.config.drop_path_rate == 0.1 and model.config.num_labels == 2
     task = ClassificationTask(model, config["optim"], steps)

@@ -27,6 +27,9 @@ SHORT = [
     *("trainer.val_check_interval=3", "trainer.checkpoint_interval=2", "trainer.log_every_n_steps=1"),
 ]
 SMALL = [*SCENES, *SHORT]
+FILES = {  # of a run
+    *("best.ckpt", "last.ckpt", "last-1.ckpt", "config.yaml", "run.json", "metrics.csv", "curves.png", "previews")
+}
 
 
 @pytest.fixture
@@ -75,8 +78,7 @@ def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
     code, out, _ = run(train, *SMALL)
     assert code == 0
     folder = only_run(here)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "previews"}
+    assert {path.name for path in folder.iterdir()} == FILES
     scores = rows(folder, "val/miou")
     assert list(scores) == [2, 5, 7]  # after 3, 6 and the last of 8 steps
     assert sorted(rows(folder, "train/loss")) == list(range(8))
@@ -222,7 +224,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize(("cut", "resumes_at"), [(4, 4), (5, 4), (6, 6)])
+@pytest.mark.parametrize(("cut", "resumes_at"), [(4, 4), (5, 5), (6, 6)])
 def test_a_broken_run_goes_on_as_if_unbroken(here, run, cut, resumes_at) -> None:
     code, _, _ = run(train, *SMALL)
     unbroken = only_run(here).rename(here / "unbroken")
@@ -261,7 +263,7 @@ def test_a_run_goes_on_with_other_micro_batches(here, run) -> None:
     with pytest.raises(ConnectionError):
         run(train, *command, "data.micro_batch_size=2", *bomb)
     broken = only_run(here)
-    assert torch.load(broken / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert torch.load(broken / "last.ckpt", weights_only=True)["global_step"] == 5  # before the step to validation
     code, _, err = run(train, f"resume={broken}", "data.micro_batch_size=1", "logger={}")
     assert code == 0, err
     assert list(rows(broken, "val/miou")) == list(rows(unbroken, "val/miou")) == [2, 5, 7]
@@ -290,9 +292,7 @@ def test_two_processes_write_one_run_and_score_as_one(here, run) -> None:
     assert done.stdout.count("run folder: ") == done.stdout.count("best val/miou") == 1
     assert "batch of 2 = 2 processes x 1\n" in done.stdout and "warn" not in done.stderr.lower()
     folder = only_run(here)
-    assert {path.name for path in folder.iterdir()} == {
-        "best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "previews"
-    }  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == FILES
     command = [sys.executable, str(evaluate), f"checkpoint={folder / 'best.ckpt'}"]
     reports = []
     for more in (several, ["trainer.devices=1", "trainer.accelerator=cpu"]):
@@ -334,7 +334,8 @@ def test_damaged_runs_are_told_before_anything_starts(here, run) -> None:
     assert "config.yaml is damaged" in told(run(train, f"resume={folder}"))
     (folder / "config.yaml").write_text(text)
     assert "has no last.ckpt" in told(run(train, f"resume={folder / 'best.ckpt'}"))
-    (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:5000])
+    for name in ("last.ckpt", "last-1.ckpt"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:5000])
     assert "cannot read checkpoint" in told(run(train, f"resume={folder}"))
 
 
@@ -569,3 +570,31 @@ def test_secrets_stand_nowhere_in_a_run_and_are_asked_for_again(here, run) -> No
 def test_debug_runs_two_steps_and_writes_nothing(here, run) -> None:
     code, out, _ = run(train, *SMALL, "trainer=debug")
     assert code == 0 and "nothing was scored" in out and not list(here.iterdir())
+
+
+def test_a_classifier_is_trained_and_a_segmentation_run_starts_from_it(here, run) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for name, colour in (("red", [200, 30, 30]), ("green", [30, 200, 30])):
+            for index in range(count):
+                picture = np.array(colour) + rng.integers(-25, 25, (48, 64, 3))
+                save(here / "pictures" / split / name / f"{index}.png", picture.clip(0, 255).astype(np.uint8))
+    short = ["data.root=pictures", "data.crop_size=32", "data.batch_size=6", "data.workers=0", "trainer.max_steps=20"]
+    short += ["trainer.val_check_interval=10", "optim.warmup_steps=2", "data.mixup=0", "data.cutmix=0"]
+    code, out, err = run(train, "task=classification", "data=imagenet", *short)
+    assert code == 0, err
+    assert "2 classes" in out and "model.pretrained=runs/b0_imagenet" in out.splitlines()[-1]
+    folder = only_run(here)
+    assert {path.name for path in folder.iterdir()} == FILES - {"previews"}
+    assert list(rows(folder, "val/top5").values()) == [1.0, 1.0]  # two classes
+    assert 0 <= rows(folder, "val/top1")[19] <= 1
+    code, out, err = run(train, f"resume={folder}")  # it had ended
+    assert code == 0, err
+    best = folder / "best.ckpt"
+    assert f"{best} is a classifier" in told(run(evaluate, f"checkpoint={best}"))
+    code, out, err = run(train, *SMALL, "trainer.max_steps=2", f"model.pretrained={best}")
+    assert code == 0, err
+    assert f"loaded the encoder from {best}" in out and "decode head starts fresh" in out
+    assert "task is 'clasification' (did you mean 'classification'?): choose from segmentation" in told(
+        run(train, *SMALL, "task=clasification")
+    )

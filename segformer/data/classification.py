@@ -119,15 +119,15 @@ def class_table(
     image: the column of images, None = the only one. label: of class labels, None = the only one; may also hold text or
     integers, each value a class.
     """
-    from segformer.data.hub import Cell, Column, _holds_files, _load
+    from segformer.data.hub import Cell, Column, holds_files, load_table
 
     if root is None:
         raise UserError("data.root is not set: add data.root=NAME, a hub id owner/name or a folder of parquet files")
-    splits, _ = _load(root, subset, revision, streaming=False)
+    splits, _ = load_table(root, subset, revision, streaming=False)
     if split not in splits:
         raise UserError(f"{root} has no split {split!r}{nearest(split, splits)}: it has {', '.join(splits)}")
     table, title = splits[split], " ".join(filter(None, (root, subset, split)))
-    image = _column(section, title, table.features, "image", image, _holds_files)
+    image = _column(section, title, table.features, "image", image, holds_files)
     label = _column(section, title, table.features, "label", label, _is_class_label, _may_be_label)
     values = np.asarray(Column(table, label, title, root).values[:][label])
     names = getattr(table.features[label], "names", None)

@@ -57,7 +57,7 @@ def open_hub(
     """
     if root is None:
         raise UserError("data.root is not set: add data.root=NAME, a hub id owner/name or a folder of parquet files")
-    splits, files = _load(str(root), subset, revision, streaming)
+    splits, files = load_table(str(root), subset, revision, streaming)
     if split not in splits:
         raise UserError(f"{root} has no split {split!r}{nearest(split, splits)}: it has {', '.join(splits)}")
     dataset, title = splits[split], " ".join(filter(None, (str(root), subset, split)))
@@ -74,7 +74,7 @@ class Column:
 
     def __init__(self, dataset: Any, name: str, title: str, root: str) -> None:
         self.name, self.title, self.root, self.fingerprint = name, title, root, dataset._fingerprint
-        self.holds_files = _holds_files(dataset.features[name])
+        self.holds_files = holds_files(dataset.features[name])
         self.values = _undecoded(dataset.select_columns([name]))  # alone, so that a mask is read without its image
         if not self.holds_files:
             self.values = self.values.with_format("numpy")  # nested lists of a mask's size are slow
@@ -160,7 +160,7 @@ class RowStream(Stream):
         max_pixels: int,
         bands: int,
     ) -> None:
-        self.holds_files = _holds_files(dataset.features[columns[1]])
+        self.holds_files = holds_files(dataset.features[columns[1]])
         self.rows = _undecoded(dataset.select_columns(list(columns)))
         self.columns, self.title, self.root, self.length = columns, title, root, length
         self.max_pixels, self.bands = max_pixels, bands
@@ -215,7 +215,7 @@ def _shuffled(rows: Iterator[Any], generator: np.random.Generator) -> Iterator[A
     yield from (held[place] for place in generator.permutation(len(held)))
 
 
-def _load(
+def load_table(
     root: str, subset: str | None, revision: str | None, streaming: bool
 ) -> tuple[dict[str, Any], Mapping[str, Sequence[str]]]:
     """The splits, and the files of each, where they are known."""
@@ -284,8 +284,8 @@ def _refusal(root: str, error: Exception) -> UserError:
 def _resolve(features: Mapping[str, Any], image: str | None, mask: str | None, title: str) -> tuple[str, str]:
     """The columns of image and mask."""
     return (
-        _column(features, "image", image, _IMAGES, _holds_files, title),
-        _column(features, "mask", mask, _MASKS, lambda feature: _holds_files(feature) or _holds_ids(feature), title),
+        _column(features, "image", image, _IMAGES, holds_files, title),
+        _column(features, "mask", mask, _MASKS, lambda feature: holds_files(feature) or _holds_ids(feature), title),
     )
 
 
@@ -317,7 +317,7 @@ def _kind(feature: Any) -> str:
     return type(feature).__name__ if type(feature).__name__ != "Value" else feature.dtype
 
 
-def _holds_files(feature: Any) -> bool:
+def holds_files(feature: Any) -> bool:
     """Whether a column holds image files: an Image, plain bytes, or {bytes, path} written by something else."""
     from datasets import Image
 

@@ -318,7 +318,9 @@ def test_mixed_images_and_their_probabilities_are_torchvisions(mixup, cutmix) ->
 
 
 def test_mixed_batches_carry_probabilities(tree) -> None:
-    for batch in batches(tree, 3, mixup=0.8, cutmix=1.0):
+    found = batches(tree, 4, mixup=0.8, cutmix=1.0)
+    assert len({tuple(batch["label"].unique().tolist()) for batch in found}) > 1  # each batch draws its own share
+    for batch in found:
         assert batch["label"].shape == (6, 3) and batch["label"].sum(1).tolist() == pytest.approx([1] * 6)
 
 
