@@ -86,20 +86,25 @@ class Stops(pl.Callback):
             self._not_finite(trainer, task, norm)
 
     def _not_finite(self, trainer: pl.Trainer, task: Task, norm: Tensor) -> None:
-        step, loss = trainer.global_step, float(task.step_loss)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        names = data.sample_names(step)
-        found = f"the loss is {loss}" if not torch.isfinite(task.step_loss) else f"the gradient's norm is {float(norm)}"
+        step, replay = trainer.global_step, ""
         if not self.last.debug:
             kept = self.last.path.with_name("nonfinite.ckpt")
             trainer.save_checkpoint(kept)
-            replay = f"resume={kept} takes the same step again; "
+            replay = f"; resume={kept} takes the same step again"
+        found = "the loss or its gradient is not finite"  # of some process
+        if not torch.isfinite(task.step_loss):
+            found = f"the loss is {float(task.step_loss)}"
+        elif not torch.isfinite(norm):
+            found = f"the gradient's norm is {float(norm)}"
+        names = _listed(trainer.datamodule.sample_names(step))  # type: ignore[attr-defined]
+        causes = [f"too high a learning rate (try a tenth of optim.lr={task.optim.get('lr')})"]
+        if trainer.gradient_clip_val is None:
+            causes.append("a single large gradient (try trainer.gradient_clip_val=1)")
+        if "16" in str(trainer.precision):
+            causes.append(f"half precision (try trainer.precision=32-true for {trainer.precision})")
         raise SharedError(
-            f"{found if trainer.world_size == 1 else 'the loss or its gradient is not finite'} at step {step}, before "
-            f"which training stopped (samples: {_listed(names)}): {locals().get('replay', '')}likely causes are a "
-            f"learning rate that is too high (optim.lr={task.optim.get('lr')}; try a tenth, or "
-            f"trainer.gradient_clip_val=1), half precision (trainer.precision={trainer.precision}; try 32-true), or "
-            "one of the samples"
+            f"{found} at step {step}, so training stopped before the step changed the weights{replay}. Likely causes: "
+            f"{', '.join(causes)}, or one of the samples: {names}"
         )
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -199,7 +199,7 @@ def test_numbers_that_are_not_finite_stop_all_processes_before_a_weight_changes(
     run = Ranks(nursery, 2, tmp_path, *LIFE, "optim.lr=1e25", "hydra.run.dir=run")
     assert run.end(100) == [1, 1], run.text
     (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
-    assert "not finite at step" in line and "scene" in line and "nonfinite.ckpt takes the same step again" in line
+    assert "scene_0_000" in line and "nonfinite.ckpt takes the same step again" in line
     kept = torch.load(tmp_path / "run" / "nonfinite.ckpt", weights_only=True)
     assert all(
         torch.isfinite(tensor).all() for name, tensor in kept["current_model_state"].items() if "norm" not in name
@@ -208,14 +208,14 @@ def test_numbers_that_are_not_finite_stop_all_processes_before_a_weight_changes(
     assert kept["global_step"] == step
     again = Ranks(nursery, 2, tmp_path, "resume=run/nonfinite.ckpt")
     assert again.end(100) == [1, 1]
-    assert f"at step {step}, before" in again.text and f"goes on from {tmp_path}/run/nonfinite.ckpt" in again.text
+    assert f"at step {step}, so" in again.text and f"goes on from {tmp_path}/run/nonfinite.ckpt" in again.text
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(nursery, unbroken, tmp_path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"needs a small disk of its own, and may not mount one: {mounted.stderr.decode().strip()}")
