@@ -167,7 +167,7 @@ class LastCheckpoint(Checkpoint):
             folder.mkdir(parents=True, exist_ok=True)
             if new:
                 claim.open("x").close()
-            for left in folder.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it wrote
+            for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left.unlink(missing_ok=True)
             text = yaml.safe_dump(redacted(self.config), sort_keys=False, allow_unicode=True)
             write_atomically(claim, lambda file: file.write(text.encode()))

@@ -124,6 +124,8 @@ class Stops(pl.Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if batch_idx == 0 and self.group is not None:  # in its forward DDP hands out buffers, for which all must come
+            return
         if self.group is not None:
             store = dist.distributed_c10d._get_default_store()
             if self.asked:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from segformer.states import last_checkpoints
 from tests.survival import SMALL, Nursery, Ranks, Run, differences, learnt, only_run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes as Linux shows them")
@@ -64,13 +65,14 @@ def test_a_run_killed_at_any_moment_learns_what_an_unbroken_one_learns(
     run.wait_for("step 1 of")
     reached = []
     for kill in range(kills):
-        time.sleep(moments.uniform(0.05, 3))
+        time.sleep(moments.uniform(0.5, 6))
         run.hit(signal.SIGKILL)
         run.end(20)
         assert any((tmp_path / "run").glob("last*.ckpt")) or kill == 0
         resume = ["resume=run"] if any((tmp_path / "run").glob("last*.ckpt")) else [*LIFE, f"hydra.run.dir=run{kill}"]
         if resume == ["resume=run"]:
-            reached.append(torch.load(next((tmp_path / "run").glob("last*.ckpt")), weights_only=True)["global_step"])
+            newest = last_checkpoints(tmp_path / "run")[0]
+            reached.append(torch.load(newest, weights_only=True)["global_step"])
         run = Ranks(nursery, count, tmp_path, *resume, f"data.workers={kill % 3}")
         run.wait_for("run folder")
     assert run.end(300) == [0] * count, run.text
