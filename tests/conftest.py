@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are the parallelism; and no sum hangs on how many cores there are
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", NO_ALBUMENTATIONS_UPDATE="1")
 
 import numpy as np

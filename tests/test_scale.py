@@ -63,6 +63,7 @@ def test_two_nodes_write_one_run_and_their_score_is_that_of_one_process(tmp_path
     assert report["images"] == 5
 
 
+@pytest.mark.slow  # the run above has gone through the same processes
 def test_two_nodes_end_with_the_same_weights(tmp_path) -> None:
     two_nodes(tmp_path, str(ROOT / "tests/processes.py"), str(tmp_path / "out.json"), "7", "5")
     found = json.loads((tmp_path / "out.json").read_text())
@@ -133,8 +134,8 @@ def test_wandb_on_two_processes_is_one_record(nursery, tmp_path) -> None:
     assert len(list(only_run(tmp_path).glob("wandb/offline-run-*"))) == 1
 
 
+@pytest.mark.slow  # four commands
 def test_an_optuna_study_survives_a_failing_trial_and_goes_on(tmp_path) -> None:
-    pytest.importorskip("optuna", reason="the sweep is an extra")
     command = [sys.executable, str(ROOT / "docs/optuna_sweep.py"), "--study", "study", *SMALL, "data.workers=0"]
     for steps, count in (("-1", "1"), ("2", "2")):
         done = subprocess.run(

@@ -53,9 +53,7 @@ def rows(folder: Path, column: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
 
 
-@pytest.mark.parametrize(
-    ("count", "kills"), [(1, 3), pytest.param(1, 20, marks=SLOW), (2, 2), pytest.param(2, 20, marks=SLOW)]
-)
+@pytest.mark.parametrize(("count", "kills"), [pytest.param(1, 20, marks=SLOW), (2, 2), pytest.param(2, 20, marks=SLOW)])
 def test_a_run_killed_at_any_moment_learns_what_an_unbroken_one_learns(
     nursery, unbroken, tmp_path, count, kills
 ) -> None:
@@ -99,7 +97,7 @@ def test_four_processes_killed_agree_with_four_unbroken_ones_to_rounding(nursery
         torch.testing.assert_close(broken["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=SLOW)])
 def test_a_run_goes_on_with_another_number_of_processes(nursery, unbroken, tmp_path, before, after) -> None:
     run = Ranks(nursery, before, tmp_path, *LIFE, "hydra.run.dir=run")
     run.wait_for("mIoU")
@@ -119,8 +117,9 @@ def test_a_run_goes_on_with_another_number_of_processes(nursery, unbroken, tmp_p
 TARGETS = {"all": None, "rank 0": [0], "rank 1": [1]}
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=SLOW)])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "times"), [("rank 1", 1), *(pytest.param(target, 10, marks=SLOW) for target in TARGETS)]
+)
 def test_processes_stop_together_wherever_the_signal_goes(nursery, unbroken, tmp_path, target, times) -> None:
     moments = random.Random(times)
     for number in range(times):
@@ -139,6 +138,26 @@ def test_processes_stop_together_wherever_the_signal_goes(nursery, unbroken, tmp
         assert differences(learnt(unbroken(2)), learnt(here / "run")) == []
 
 
+@pytest.mark.parametrize("images", [21, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize("target", [[0], pytest.param(None, marks=SLOW), pytest.param([1], marks=SLOW)])
+def test_a_validation_is_left_by_all_processes(nursery, tmp_path, target, images) -> None:
+    """Each has another number of images, or just the one in which DDP hands out buffers."""
+    often = [*LIFE, f"data.val.scenes={2 * images - 1 if images > 1 else 2}", "trainer.val_check_interval=1"]
+    run = Ranks(nursery, 2, tmp_path, *often, "hydra.run.dir=run")
+    run.wait_for("step 3 of")
+    time.sleep(random.Random(images).uniform(0, 1))
+    start = time.monotonic()
+    run.hit(signal.SIGTERM, target)
+    assert run.end(20) == [143, 143], run.text
+    print(f"ended after {time.monotonic() - start:.1f} s")
+    step = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"]
+    assert run.text.count("stopped by SIGTERM") == 1 and step >= 2
+    run = Ranks(nursery, 2, tmp_path, "resume=run", "trainer.max_time=00:00:00:01")
+    assert run.end(100) == [0, 0], run.text  # the limit is over all resumes: it validates and ends
+    steps = [step for step, _ in rows(tmp_path / "run", "val/miou")]
+    assert steps == list(range(len(steps))) and step <= len(steps) < 40
+
+
 @pytest.mark.parametrize("target", [None, pytest.param([0], marks=SLOW), pytest.param([1], marks=SLOW)])
 def test_processes_that_one_command_started_end_with_code_143(unbroken, tmp_path, target) -> None:
     run = Run(tmp_path, *LIFE, "trainer.devices=2", "trainer.strategy=ddp")
@@ -148,7 +167,7 @@ def test_processes_that_one_command_started_end_with_code_143(unbroken, tmp_path
     assert "stopped by SIGTERM" in run.text and "Traceback" not in run.text
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SLOW), 1])
 def test_a_process_that_is_stopped_before_training_takes_the_others_along(tmp_path, rank) -> None:
     run = Run(tmp_path, *LIFE, "trainer.devices=2", "trainer.strategy=ddp")
     deadline = time.monotonic() + 200
