@@ -29,7 +29,7 @@ def main(settings: DictConfig) -> float:
 def train(config: Any, overrides: list[str], swept: bool) -> float:
     from lightning.pytorch import Trainer, seed_everything  # not above: --help and a misspelt key need no torch
 
-    from segformer import callbacks, kinds, memory, resume, states, stops
+    from segformer import kinds, loggers, memory, resume, states, stops
 
     run, config, checkpoint = resume.run_folder(config, overrides)
     kind, seed = kinds.kind(config["task"]), seed_everything(config["seed"], verbose=False)
@@ -39,11 +39,11 @@ def train(config: Any, overrides: list[str], swept: bool) -> float:
     model, origin = build("model", kind.network, resume.start(config, checkpoint), **data.network)
     recipe = {"optim": config["optim"], "max_steps": options["max_steps"], "seed": seed}
     task = kind.task(model, **recipe, **data.scoring, hyper_parameters=resume.record(model, config))
-    best = states.BestCheckpoint(run, task.MONITOR)
-    last = states.LastCheckpoint(run, steering.checkpoint_interval, config)
-    steer = [stops.Stops(last), *steering.callbacks(task.MONITOR), best, last]
-    loggers = [instantiate(log, _convert_="all", save_dir=run) for log in config["logger"].values()]
-    own = {"callbacks": [*kind.watchers(run, config, data), *steer], "logger": [callbacks.MetricsFile(run), *loggers]}
+    best, last = states.BestCheckpoint(run, task.MONITOR), states.LastCheckpoint(run, steering, config)
+    others = [instantiate(log, _convert_="all", save_dir=run) for log in config["logger"].values()]
+    # Stops comes before whoever waits for other processes, which may have left
+    watching = [stops.Stops(last), *kind.watchers(run, config, data), *steering.callbacks(task.MONITOR), best, last]
+    own = {"callbacks": watching, "logger": [loggers.MetricsFile(run), *others]}
     plugins = [states.AtomicCheckpointIO(steering.keep_last)]
     trainer = build("trainer", Trainer, options, **own, plugins=plugins, **resume.LOOP)
     memory.settle_micro_batch(trainer, task, data, config)

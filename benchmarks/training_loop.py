@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from segformer import callbacks, resume, states, stops
+from segformer import kinds, loggers, resume, states, stops
 from segformer.config import VARIANTS
 from segformer.data.datamodule import SegmentationData
 from segformer.data.dataset import collate
@@ -217,11 +217,11 @@ def as_in_train(config: Any, data: SegmentationData, run: Path) -> tuple[Segment
     common = config["optim"], options["max_steps"], seed, resume.record(model, config)
     task = SegmentationTask(model, data.protocol, *common)
     best = states.BestCheckpoint(run, task.MONITOR)
-    last = states.LastCheckpoint(run, steering.checkpoint_interval, config)
-    watching = [callbacks.Progress(data.batch_size), callbacks.Previews(run, data.classes)]
+    last = states.LastCheckpoint(run, steering, config)
+    watching = kinds.kind("segmentation").watchers(run, config, data)
     own: dict[str, Any] = {
         "callbacks": [*watching, stops.Stops(last), *steering.callbacks(task.MONITOR), best, last],
-        "logger": [callbacks.MetricsFile(run)],
+        "logger": [loggers.MetricsFile(run)],
         "plugins": [states.AtomicCheckpointIO(steering.keep_last)],
     }
     loop = pl.Trainer(**options, **own, **resume.LOOP)

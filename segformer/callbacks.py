@@ -1,26 +1,20 @@
 """They watch a run and never steer it: progress, metrics, pictures, and the facts that a result goes back to."""
 
-import csv
 import logging
 import math
-import os
 import sys
 import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 from tqdm import tqdm
 
@@ -47,7 +41,6 @@ for _message in (
     r".*recommended to use `self.log\('val/.*sync_dist=True.*",  # the matrix is summed over processes before
     r".*does not have many workers.*",  # `data.workers` is the user's choice, printed at the start
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
-    r".*Experiment logs directory .* exists and is not empty.*",  # likewise; MetricsFile keeps the rows
 ):
     warnings.filterwarnings("ignore", message=_message)
 
@@ -96,6 +89,8 @@ class Progress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
             score = task.MONITOR
+            if "train/loss" in trainer.callback_metrics:
+                self.shown["loss"] = f"{float(trainer.callback_metrics['train/loss']):.4f}"
             self.shown[NAMES.get(str(score), str(score))] = f"{float(trainer.callback_metrics[str(score)]):.4f}"
             self.since, self.step = time.monotonic(), trainer.global_step  # validation is not training speed
             if self.enabled_:
@@ -133,96 +128,6 @@ class Progress(ProgressBar):
         )
         words = "  ".join(f"{name} {value}" for name, value in self.shown.items())
         self.print(f"step {trainer.global_step} of {trainer.max_steps}  {words}  {left / 60:.1f} min left")
-
-
-class MetricsFile(CSVLogger):
-    """`metrics.csv` in the run folder; a resumed run goes on in it, where Lightning's logger starts an empty one."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder.parent), name="", version=folder.name, flush_logs_every_n_steps=1)
-        self._path, self._kept = folder / "metrics.csv", folder / "metrics.before-resume.csv"
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        if self._experiment is None and self._path.is_file() and not self._kept.is_file():
-            self._path.replace(self._kept)  # Lightning's writer deletes what it finds
-        return super().experiment
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        writer = self.experiment
-        if self._kept.is_file():
-            with self._kept.open(newline="") as file:  # rows after the checkpoint are about to be logged again
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
-            writer.metrics = [row for row in rows if step is None or int(row["step"]) < step]
-            super().log_metrics(metrics, step)
-            self.save()
-            self._kept.unlink()
-        else:
-            super().log_metrics(metrics, step)
-
-    def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: config.yaml and run.json beside the file hold more."""
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
-        if self._kept.is_file():  # nothing was logged: the run had ended before
-            self._kept.replace(self._path)
-
-
-class LocalMLFlow(Logger):
-    """MLflow in the run folder, `mlflow.db` and pictures below `mlflow`; a tracking server where one is named.
-
-    Lightning's own logger opens its database as soon as it is made, in every process; this one when the first process
-    logs something. tracking_uri: of a server, None = MLFLOW_TRACKING_URI or the run folder.
-    """
-
-    def __init__(self, save_dir: Path, experiment_name: str = "segformer", tracking_uri: str | None = None) -> None:
-        super().__init__()
-        if find_spec("mlflow") is None or find_spec("sqlalchemy") is None:
-            raise UserError('logger=mlflow needs MLflow and a database: pip install "segformer[mlflow]"')
-        self.folder, self.experiment_name = Path(save_dir), experiment_name
-        self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-
-    @cached_property
-    def _logger(self) -> MLFlowLogger:
-        for name, value in (("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_DISABLE_TELEMETRY", "true")):
-            os.environ.setdefault(name, value)  # a local record is nobody else's business
-        pictures = None if self.tracking_uri else (self.folder / "mlflow").absolute().as_uri()
-        address = self.tracking_uri or f"sqlite:///{self.folder.absolute() / 'mlflow.db'}"
-        return MLFlowLogger(self.experiment_name, self.folder.name, address, artifact_location=pictures)
-
-    @property
-    def name(self) -> str:
-        return self.experiment_name
-
-    @property
-    def version(self) -> str:
-        return self.folder.name
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        return self._logger.experiment
-
-    @property
-    def run_id(self) -> str | None:
-        return self._logger.run_id
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self._logger.log_metrics(metrics, step)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
-        self._logger.log_hyperparams(params)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        if "_logger" in self.__dict__:
-            self._logger.finalize(status)
 
 
 class Monitor(pl.Callback):

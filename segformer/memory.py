@@ -100,7 +100,8 @@ def explained(trainer: pl.Trainer, data: Loaders, config: dict[str, Any]) -> Ite
         if device.type == "cuda" and str(trainer.precision) == "32-true":
             ways.append("trainer.precision=bf16-mixed")
         height, width = data.crop_size
-        ways.append(f"data.crop_size=[{height // 2},{width // 2}] (was [{height},{width}])")
+        smaller, now = (f"[{h},{w}]" if h != w else str(h) for h, w in ((height // 2, width // 2), (height, width)))
+        ways.append(f"data.crop_size={smaller} (was {now})")
         raise UserError(f"out of memory on {device}{taken}: try {', or '.join(ways[:3])}") from error
 
 

@@ -105,7 +105,7 @@ def _without_address(text: str) -> str:
     """Without users, passwords and keys in the addresses that it holds."""
     if "://" not in text:
         return text
-    return _QUERY.sub(_without_query_value, _USER.sub("", text))
+    return _QUERY.sub(_without_query_value, _USER.sub(f"{REDACTED}@", text))
 
 
 def _without_query_value(match: re.Match[str]) -> str:

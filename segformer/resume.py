@@ -22,8 +22,8 @@ from segformer.launch import process
 from segformer.provenance import REDACTED, redacted
 from segformer.states import BestCheckpoint, last_checkpoints
 
-# what may differ when a run goes on: where it computes, not what it computes (but for streams, whose order follows from
-# the number of readers)
+# what may differ when a run goes on: where and how it computes, not what the recipe is. Another number of devices or
+# another micro-batch changes what BatchNorm and dropout see, and the order of a stream follows from its readers
 _MAY_CHANGE = (
     "trainer.devices",
     "trainer.num_nodes",
@@ -157,18 +157,23 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
     checkpoint = _whole(candidates)
     try:
         saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        saved["choices"], saved["data"], saved["trainer"]
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise UserError(f"{run / 'config.yaml'} is damaged: restore it, or start a new run") from error
+        whole = all(saved[section] and isinstance(saved[section], dict) for section in ("choices", "data", "trainer"))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise UserError(f"{run / 'config.yaml'} is damaged: restore it, or start a new run")
+    saved.setdefault("task", "segmentation")  # of runs that are older than the key
     for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
         allowed = any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)
         found, stored = _value(config, key), _value(saved, key)
         if allowed:
+            if key == "data.micro_batch_size" and found != stored and process() == 0:
+                print(f"warning: {key} was {stored}: BatchNorm and dropout now see other parts", file=sys.stderr)
             _set(saved, key, found)
-        elif key != "resume" and stored not in (found, REDACTED):
+        elif key != "resume" and found != stored and REDACTED not in str(stored):
             raise UserError(
-                f"cannot change {key} from {stored} to {found} when resuming {run}: only {', '.join(_MAY_CHANGE)} may "
-                "differ; start a new run with model.pretrained= to change the recipe"
+                f"cannot change {key} from {redacted(stored)} to {redacted(found)} when resuming {run}: only "
+                f"{', '.join(_MAY_CHANGE)} may differ; start a new run with model.pretrained= to change the recipe"
             )
     return run, {**_with_secrets(saved, config), "run": str(run)}, checkpoint
 

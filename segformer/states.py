@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
@@ -132,6 +132,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path = str(Path(str(self.dirpath), "best.ckpt"))
+        if not Path(path).is_file():  # there was no room for it, or someone took it away: the next one is the best
+            return
         moved = {**state_dict, "dirpath": self.dirpath}  # of another folder Lightning forgets the best score
         for key in ("best_model_path", "kth_best_model_path"):
             moved[key] = path if moved[key] else ""
@@ -140,15 +142,16 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps what a run needs to go on: `config.yaml` from the start, `last.ckpt` every `interval` optimiser steps,
+    """Keeps what a run needs to go on: `config.yaml` from the start, `last.ckpt` every `checkpoint_interval` steps,
     before every step that a validation follows, and after that validation.
 
     Every checkpoint stands between two steps, with all that is due after the first of them done. So a run that goes on
     repeats what came later, bit for bit, and never has to take up a validation in its middle.
     """
 
-    def __init__(self, run: Path, interval: int, config: dict[str, Any]) -> None:
-        self.path, self.interval, self.config, self.saved_at = run / LAST, interval, config, -1
+    def __init__(self, run: Path, steering: Steering, config: dict[str, Any]) -> None:
+        self.path, self.interval, self.config, self.saved_at = run / LAST, steering.checkpoint_interval, config, -1
+        self.lock: IO[str] | None = None
 
     def setup(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
         # torchrun starts every process on its own, each naming the folder by its own clock: the first one's counts
@@ -165,7 +168,10 @@ class LastCheckpoint(Checkpoint):
         claim, folder = self.path.with_name("config.yaml"), self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if new:
+            if not self._locked():
+                return f"another process trains in {folder}: stop it, or give a new folder"
+            # a run that was cut off before its first checkpoint left nothing to go on from
+            if new and not (self.config.get("resume") == "auto" and not last_checkpoints(folder)):
                 claim.open("x").close()
             for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left.unlink(missing_ok=True)
@@ -177,6 +183,25 @@ class LastCheckpoint(Checkpoint):
         except OSError as error:
             return f"cannot write {claim}: {error.strerror}; give another folder"
         return None
+
+    def _locked(self) -> bool:
+        """Takes the folder for this process; the system frees it whatever the process dies of."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return True
+        self.lock = (self.path.parent / ".lock").open("a")
+        try:
+            fcntl.lockf(
+                self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # of this process alone: forked readers do not hold it
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks
+        return True
+
+    def teardown(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning counts micro-batches, of which another number of devices may need more or fewer a step
@@ -195,7 +220,7 @@ class LastCheckpoint(Checkpoint):
         validates = trainer.enable_validation and (
             (batch_idx + parts) % (trainer.val_check_batch or 1) == 0 or step + 1 == trainer.max_steps
         )
-        if step and (step % self.interval == 0 or validates):
+        if (step and step % self.interval == 0) or validates:
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from segformer.errors import SharedError
 from segformer.launch import STOPPED, spawned
-from segformer.states import LastCheckpoint
+from segformer.states import LastCheckpoint, last_checkpoints
 from segformer.task import Task
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -90,7 +90,7 @@ class Stops(pl.Callback):
         if not self.last.debug:
             kept = self.last.path.with_name("nonfinite.ckpt")
             trainer.save_checkpoint(kept)
-            replay = f"; resume={kept} takes the same step again"
+            replay = f"; resume={kept} takes the same step again" if kept.is_file() else ""
         found = "the loss or its gradient is not finite"  # of some process
         if not torch.isfinite(task.step_loss):
             found = f"the loss is {float(task.step_loss)}"
@@ -108,9 +108,7 @@ class Stops(pl.Callback):
         )
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0 or self.agreed == 0:  # what came before the first step is compared in it
-            return
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if self.agreed and batch_idx % trainer.accumulate_grad_batches == 0:
             self.last.save(trainer)
             raise Stopped(self._code())
 
@@ -151,7 +149,8 @@ class Stops(pl.Callback):
         if not isinstance(exception, Stopped) or not trainer.is_global_zero:
             return
         name, run = signal.Signals(self.agreed).name, self.last.path.parent
-        trainer.print(f"stopped by {name} after step {trainer.global_step}; goes on with resume={run}")
+        there = f"goes on with resume={run}" if last_checkpoints(run) else "no checkpoint was written"
+        trainer.print(f"stopped by {name} after step {trainer.global_step}; {there}")
         if name == "SIGUSR1" and "SLURM_JOB_ID" in os.environ:
             _requeue()
 

@@ -31,7 +31,7 @@ LEVELS = (
     {"provenance", "curves"},
     {"task", "states", "report", "predict"},
     {"classification", "resume", "memory", "stops"},
-    {"callbacks", "__main__", ""},
+    {"callbacks", "loggers", "__main__", ""},
     {"kinds"},
     set(SCRIPTS),
 )
@@ -44,8 +44,8 @@ ROOMS = {
     "hydra": {"train", "evaluate", "__main__"},
     "omegaconf": {"train", "evaluate", "__main__"},
     "lightning": {
-        *("task", "states", "stops", "memory", "resume", "callbacks", "kinds", "data.datamodule", "data.loaders"),
-        *SCRIPTS,
+        *("task", "states", "stops", "memory", "resume", "callbacks", "loggers", "kinds"),
+        *("data.datamodule", "data.loaders", *SCRIPTS),
     },
     "torchmetrics": {"task", "classification"},
     "albumentations": {"data.transforms"},

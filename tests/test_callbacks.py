@@ -16,12 +16,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 
 from segformer import resume
-from segformer.callbacks import ClassScores, Curves, LocalMLFlow, MetricsFile, Monitor, Previews, RunFacts
+from segformer.callbacks import ClassScores, Curves, Monitor, Previews, RunFacts
 from segformer.curves import read_columns
 from segformer.data.datamodule import SegmentationData
 from segformer.data.toy import ToyScenes
 from segformer.errors import UserError, build
 from segformer.inference import Protocol
+from segformer.loggers import LocalMLFlow, MetricsFile
 from segformer.task import SegmentationTask
 from tests.conftest import TOY, small
 from tests.test_task import RECIPE
@@ -63,6 +64,41 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_half_a_row_of_a_process_that_was_killed_is_left_out(tmp_path) -> None:
+    first = MetricsFile(tmp_path)
+    for step in (1, 12, 123):
+        first.log_metrics({"a": 0.5, "val/iou/a, b": 1.0}, step)
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(path.read_bytes()[:-8])  # its step now reads 1
+    second = MetricsFile(tmp_path)
+    second.log_metrics({"b": 2.0}, 100)
+    second.log_metrics({"a": 1.0}, 123)
+    assert [(row["step"], row["a"], row["b"]) for row in rows(tmp_path)] == [
+        ("1", "0.5", ""), ("12", "0.5", ""), ("100", "", "2.0"), ("123", "1.0", "")
+    ]  # fmt: skip
+    assert rows(tmp_path)[0]["val/iou/a, b"] == "1.0"
+
+
+def test_rows_without_room_are_kept_until_there_is_some(tmp_path) -> None:
+    metrics, path = MetricsFile(tmp_path), tmp_path / "metrics.csv"
+    metrics.log_metrics({"a": 1.0}, 0)
+    path.rename(tmp_path / "away")
+    path.mkdir()  # cannot be written, whoever one is
+    with pytest.warns(UserWarning, match="metrics.csv is behind: .*; its rows are kept until it goes"):
+        metrics.log_metrics({"a": 2.0}, 1)
+    metrics.log_metrics({"a": 3.0}, 2)
+    path.rmdir()
+    (tmp_path / "away").rename(path)
+    path.write_bytes(path.read_bytes() + b"half a r")  # what a full disk left of an attempt
+    metrics.log_metrics({"a": 4.0}, 3)
+    assert [(row["step"], row["a"]) for row in rows(tmp_path)] == [
+        ("0", "1.0"),
+        ("1", "2.0"),
+        ("2", "3.0"),
+        ("3", "4.0"),
+    ]
 
 
 def test_costs_and_rates_stand_in_the_row_of_their_step(tmp_path) -> None:
@@ -282,7 +318,7 @@ def test_rows_survive_a_second_break_before_anything_was_logged(tmp_path) -> Non
     first = MetricsFile(run)
     first.log_metrics({"loss": 1.0}, 0)
     first.save()
-    MetricsFile(run).experiment  # noqa: B018 (opens the file, as a trainer does before it dies)
+    MetricsFile(run).log_hyperparams({})  # as a trainer does before it dies
     third = MetricsFile(run)
     third.log_metrics({"loss": 0.5}, 1)
     third.save()

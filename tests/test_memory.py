@@ -42,12 +42,12 @@ def test_a_refusal_of_memory_names_three_settings_with_numbers(error) -> None:
         raise error
     assert str(told.value) == (
         "out of memory on cpu: try data.micro_batch_size=2 (was 4), or model.gradient_checkpointing=true (a third more "
-        "time), or data.crop_size=[32,32] (was [64,64])"
+        "time), or data.crop_size=32 (was 64)"
     )
     data.batch_size = 2
     with pytest.raises(UserError) as told, explained(trainer, data, {"model": {"gradient_checkpointing": True}}):
         raise error
-    assert str(told.value) == "out of memory on cpu: try data.crop_size=[32,32] (was [64,64])"
+    assert str(told.value) == "out of memory on cpu: try data.crop_size=32 (was 64)"
 
 
 def test_other_errors_are_not_called_memory() -> None:

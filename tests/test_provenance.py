@@ -62,7 +62,7 @@ def test_a_redacted_configuration_is_a_copy_without_secrets() -> None:
         "token": "",
         "secret": None,
         "auth": {"user": "<redacted>", "words": ["<redacted>", "<redacted>"], "on": False},
-        "data": {"root": "https://host/x", "classes": ["a", "b"], "scale": [0.5, 2.0]},
+        "data": {"root": "https://<redacted>@host/x", "classes": ["a", "b"], "scale": [0.5, 2.0]},
     }
     assert json.dumps(config) == before and redacted(redacted(config)) == redacted(config)
 
@@ -70,12 +70,12 @@ def test_a_redacted_configuration_is_a_copy_without_secrets() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("https://me:abc@host/x", "https://host/x"),
-        ("https://ghp_abc@github.com/a/b", "https://github.com/a/b"),
-        ("from http://a:b@c and ftp://d:e@f", "from http://c and ftp://f"),
-        ("postgres://me:p@ss@host/db", "postgres://host/db"),
-        ("redis://:abc@host:1", "redis://host:1"),
-        ("https://me:a/b@host", "https://host"),
+        ("https://me:abc@host/x", "https://<redacted>@host/x"),
+        ("https://ghp_abc@github.com/a/b", "https://<redacted>@github.com/a/b"),
+        ("from http://a:b@c and ftp://d:e@f", "from http://<redacted>@c and ftp://<redacted>@f"),
+        ("postgres://me:p@ss@host/db", "postgres://<redacted>@host/db"),
+        ("redis://:abc@host:1", "redis://<redacted>@host:1"),
+        ("https://me:a/b@host", "https://<redacted>@host"),
         ("https://h/x?token=abc&y=1#z", "https://h/x?token=<redacted>&y=1#z"),
         ("https://h/x?X-Amz-Signature=abc&X=1", "https://h/x?X-Amz-Signature=<redacted>&X=1"),
         *((same, same) for same in ("https://host:443/@scope/x", "hf://datasets/a/b@main/x", "git@github.com:a/b")),
@@ -96,7 +96,7 @@ def test_addresses_lose_who_logs_in(text: str, told: str) -> None:
         (["++x.auth.word=abc"], ["++x.auth.word=<redacted>"]),
         (["--token", "abc", "--other", "1"], ["--token", "<redacted>", "--other", "1"]),
         (["--token=abc"], ["--token=<redacted>"]),
-        (["data.root=https://me:abc@host/x"], ["data.root=https://host/x"]),
+        (["data.root=https://me:abc@host/x"], ["data.root=https://<redacted>@host/x"]),
         (["train.py", "model=b0", "data.train.images=a/*.jpg", "optim.betas=[0.9,0.99]"],) * 2,
     ],
 )
@@ -234,7 +234,7 @@ def test_the_facts_of_a_run_are_plain_and_hold_no_secret(monkeypatch) -> None:
     facts = provenance.provenance(data)
     text = json.dumps(facts)  # raises on what is not plain
     assert "hunter2" not in text
-    assert facts["command"] == "train.py '+logger.x.token=<redacted>' data.root=https://h/x 'a b'"
+    assert facts["command"] == "train.py '+logger.x.token=<redacted>' 'data.root=https://<redacted>@h/x' 'a b'"
     assert facts["data"]["train"]["samples"] == 3 and facts["data"]["val"] == {"samples": 2, "sha256": None}
     assert facts["started"].endswith("+00:00") and facts["cpu"]["cores"] == os.cpu_count() and facts["cpu"]["name"]
     assert str(versions()["torch"]).partition("+")[0] == torch.__version__.partition("+")[0]

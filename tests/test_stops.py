@@ -9,7 +9,7 @@ from segformer import resume
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import SharedError, build
 from segformer.inference import Protocol
-from segformer.states import LastCheckpoint
+from segformer.states import LastCheckpoint, Steering
 from segformer.stops import SCALER_TRIES, Stops, gradient_norm
 from segformer.task import SegmentationTask
 from tests.conftest import TOY, small
@@ -33,7 +33,7 @@ def fit(tmp_path, steps: int, scale: float | None = None, **optim) -> tuple[Step
     task = SegmentationTask(
         small(data.classes.names), Protocol(), RECIPE | optim, steps, hyper_parameters=hyper_parameters
     )
-    last, seen = LastCheckpoint(tmp_path, 1000, {}), Steps()
+    last, seen = LastCheckpoint(tmp_path, Steering(1000), {}), Steps()
     half = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))] if scale else []
     trainer = pl.Trainer(
         max_steps=steps, val_check_interval=steps, limit_val_batches=0, accelerator="cpu", devices=1, logger=False,
@@ -62,6 +62,13 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path) -> N
     kept = torch.load(tmp_path / "nonfinite.ckpt", weights_only=True)
     assert kept["global_step"] == step
     assert all(torch.isfinite(t).all() for name, t in kept["state_dict"].items() if "running" not in name)
+
+
+def test_an_infinite_loss_stops_even_where_its_gradient_is_finite(tmp_path, monkeypatch) -> None:
+    plain = SegmentationTask.loss_of
+    monkeypatch.setattr(SegmentationTask, "loss_of", lambda task, batch: plain(task, batch) + float("inf"))
+    with pytest.raises(SharedError, match="the loss is inf at step 0, so training stopped before the step changed"):
+        fit(tmp_path, 3)
 
 
 def test_fp16_may_overflow_until_its_scale_fits(tmp_path) -> None:

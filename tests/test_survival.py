@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, moved to other hardware or short of disk: what they learn must not depend on it."""
 
 import csv
+import os
 import random
 import signal
 import subprocess
@@ -8,9 +9,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from segformer.errors import UserError
 from segformer.states import last_checkpoints
 from tests.survival import SMALL, Nursery, Ranks, Run, differences, learnt, only_run
 
@@ -178,6 +181,33 @@ def test_a_process_that_is_stopped_before_training_takes_the_others_along(tmp_pa
     assert run.end(20) in (143, -signal.SIGTERM), run.text  # a shell says 143 for either
 
 
+class Treacherous:
+    """A source that fails in the second process alone."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if os.environ.get("LOCAL_RANK") == "1":
+            raise UserError(f"sample {index} cannot be read: replace it")
+        time.sleep(0.2)  # so that the others are in the middle of something
+        return np.zeros((64, 64, 3), np.uint8), (np.arange(64) % 2).astype(np.uint8)[None].repeat(64, 0)
+
+
+def test_a_process_that_fails_alone_says_why_and_the_others_end(tmp_path) -> None:
+    source = [f"~data.{split}" for split in ("train", "val")]
+    source += [f"+data.{split}._target_=tests.test_survival.Treacherous" for split in ("train", "val")]
+    small = [word for word in SMALL if "scenes" not in word] + ["data=folder", "data.root=x", "data.classes=[a,b]"]
+    several = ["model.pretrained=null", "data.workers=0", "trainer.devices=2", "trainer.strategy=ddp"]
+    run = Run(tmp_path, *small, *source, *several)
+    run.wait_for("error in process 1", 200)
+    assert run.end(20) != 0
+    assert "error in process 1: sample " in run.text and "cannot be read: replace it" in run.text
+
+
 def test_a_second_signal_ends_a_run_at_once_but_an_echo_does_not(nursery, tmp_path) -> None:
     slow = [*LIFE, "data.micro_batch_size=null", "data.batch_size=12", "data.crop_size=512"]  # seconds a step
     run = Ranks(nursery, 1, tmp_path, *slow)
@@ -232,6 +262,39 @@ def test_numbers_that_are_not_finite_stop_all_processes_before_a_weight_changes(
     assert f"at step {step}, so" in again.text and f"goes on from {tmp_path}/run/nonfinite.ckpt" in again.text
 
 
+def test_a_stop_in_the_first_validation_leaves_something_to_go_on_from(nursery, tmp_path) -> None:
+    early = [*LIFE, "trainer.val_check_interval=1", "data.val.scenes=100"]
+    run = Ranks(nursery, 1, tmp_path, *early, "hydra.run.dir=run")
+    run.wait_for("step 1 of")
+    run.hit(signal.SIGTERM)
+    assert run.end(20) == [143] and "goes on with resume=" in run.text, run.text
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] <= 1
+
+
+def test_a_process_that_waits_for_another_one_in_validation_is_stopped_too(nursery, tmp_path) -> None:
+    """The first has scored its images and waits for the second, which is then asked to stop."""
+    run = Ranks(nursery, 2, tmp_path, *LIFE, "data.val.scenes=60", "trainer.val_check_interval=2", "hydra.run.dir=run")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "run").glob("previews/step_000002_1.jpg")):
+        assert time.monotonic() < deadline, run.text
+        time.sleep(0.005)
+    run.hit(signal.SIGSTOP, [1])
+    time.sleep(5)
+    run.hit(signal.SIGTERM, [1])
+    run.hit(signal.SIGCONT, [1])
+    assert run.end(20) == [143, 143], run.text
+
+
+def test_two_commands_do_not_train_in_one_folder(nursery, tmp_path) -> None:
+    first = Ranks(nursery, 1, tmp_path, *LIFE, "hydra.run.dir=run", "trainer.checkpoint_interval=1")
+    first.wait_for("step 1 of")
+    while not (tmp_path / "run" / "last.ckpt").is_file():
+        time.sleep(0.02)
+    second = Ranks(nursery, 1, tmp_path, *LIFE, "hydra.run.dir=run", "resume=run")
+    assert second.end(60) == [1] and f"another process trains in {tmp_path}/run: stop it" in second.text, second.text
+    assert first.end(300) == [0], first.text
+
+
 def test_a_full_disk_costs_a_checkpoint_not_the_run(nursery, unbroken, tmp_path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -241,7 +304,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(nursery, unbroken, tmp_path)
     if mounted.returncode:
         pytest.skip(f"needs a small disk of its own, and may not mount one: {mounted.stderr.decode().strip()}")
     try:
-        run = Ranks(nursery, 1, disk, *LIFE, "hydra.run.dir=run")
+        run = Ranks(nursery, 1, disk, *LIFE, "hydra.run.dir=run", "trainer.log_every_n_steps=1")
         run.wait_for("mIoU")
         with suppress(OSError), (disk / "ballast").open("wb") as ballast:  # until there is no space left
             while True:

@@ -28,7 +28,8 @@ SHORT = [
 ]
 SMALL = [*SCENES, *SHORT]
 FILES = {  # of a run
-    *("best.ckpt", "last.ckpt", "last-1.ckpt", "config.yaml", "run.json", "metrics.csv", "curves.png", "previews")
+    ".lock",
+    *("best.ckpt", "last.ckpt", "last-1.ckpt", "config.yaml", "run.json", "metrics.csv", "curves.png", "previews"),
 }
 
 
@@ -330,8 +331,9 @@ def test_damaged_runs_are_told_before_anything_starts(here, run) -> None:
     run(train, *SMALL, "trainer.max_steps=2")
     folder = only_run(here)
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text("")
-    assert "config.yaml is damaged" in told(run(train, f"resume={folder}"))
+    for damage in (b"", b"\xff\xfe\x80", b"choices: 1\ndata: {a: 1}\ntrainer: {a: 1}", b"choices: {}\ndata: {}"):
+        (folder / "config.yaml").write_bytes(damage)
+        assert "config.yaml is damaged" in told(run(train, f"resume={folder}"))
     (folder / "config.yaml").write_text(text)
     assert "has no last.ckpt" in told(run(train, f"resume={folder / 'best.ckpt'}"))
     for name in ("last.ckpt", "last-1.ckpt"):
@@ -354,6 +356,28 @@ def test_a_run_that_reached_no_checkpoint_is_not_offered_to_go_on(here, run) -> 
     assert "newer holds a run already: give a new folder" in sentence and "resume=" not in sentence
     code, out, _ = run(train, *SMALL, "trainer.max_steps=2", "resume=auto")  # the newest that can
     assert code == 0 and f"goes on from {here / 'runs/b0_toy/older/last.ckpt'}" in out
+
+
+def test_a_folder_of_ones_own_with_resume_auto_starts_anew_until_there_is_a_checkpoint(here, run) -> None:
+    command = [*SMALL, "trainer.max_steps=2", "resume=auto", "hydra.run.dir=mine"]
+    (here / "mine").mkdir()
+    (here / "mine/config.yaml").touch()  # of a run that was killed at once
+    code, out, err = run(train, *command)
+    assert code == 0 and "all weights start fresh" in out, err
+    code, out, err = run(train, *command)
+    assert code == 0 and f"goes on from {here / 'mine/last.ckpt'}" in out, err
+
+
+def test_a_run_of_an_older_version_or_without_its_best_goes_on(here, run) -> None:
+    run(train, *SMALL, "trainer.max_steps=4", "trainer.max_time=00:00:00:01", "data.val.scenes=50")
+    folder = only_run(here)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    del saved["task"], saved["trainer"]["keep_last"], saved["trainer"]["ema_decay"], saved["trainer"]["patience"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    (folder / "best.ckpt").unlink()
+    code, out, err = run(train, f"resume={folder}", "trainer.max_time=null")
+    assert code == 0, err
+    assert (folder / "best.ckpt").is_file() == ("best val/miou" in out)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(here, run) -> None:
