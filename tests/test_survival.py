@@ -314,7 +314,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(nursery, unbroken, tmp_path)
         assert torch.load(disk / "run" / "last.ckpt", weights_only=True)["global_step"] >= before  # as it was: whole
         (disk / "ballast").unlink()
         assert run.end(300) == [0], run.text
-        line = next(line for line in run.text.splitlines() if "the disk is full" in line)
+        line = next(line for line in run.text.splitlines() if "the disk is full" in line and "last.ckpt" in line)
         assert "needs" in line and "MiB are free; the one before is as it was" in line and "Training goes on" in line
         assert differences(learnt(unbroken(1)), learnt(disk / "run")) == []
     finally:
