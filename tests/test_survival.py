@@ -37,16 +37,16 @@ def nursery():
 
 @pytest.fixture(scope="module")
 def unbroken(nursery, tmp_path_factory):
-    """`unbroken(ranks)` -> the folder of a run that nothing happened to."""
-    done: dict[int, Path] = {}
+    """`unbroken(ranks, steps)` -> the folder of a run that nothing happened to."""
+    done: dict[tuple[int, int], Path] = {}
 
-    def folder(count: int) -> Path:
-        if count not in done:
-            here = tmp_path_factory.mktemp(f"unbroken-{count}")
-            run = Ranks(nursery, count, here, *LIFE)
+    def folder(count: int, steps: int = 40) -> Path:
+        if (count, steps) not in done:
+            here = tmp_path_factory.mktemp(f"unbroken-{count}-{steps}")
+            run = Ranks(nursery, count, here, *LIFE, f"trainer.max_steps={steps}")
             assert run.end(300) == [0] * count, run.text
-            done[count] = only_run(here)
-        return done[count]
+            done[count, steps] = only_run(here)
+        return done[count, steps]
 
     return folder
 
@@ -56,33 +56,50 @@ def rows(folder: Path, column: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
 
 
-@pytest.mark.parametrize(("count", "kills"), [pytest.param(1, 20, marks=SLOW), (2, 2), pytest.param(2, 20, marks=SLOW)])
+def reached(run: Ranks, folder: Path, kill: int, moments: random.Random) -> str:
+    """Waits for a moment to kill: among steps, in a validation or in the writing of a checkpoint, by turns."""
+    run.wait_for("step ")  # the first one of this life
+    before = set(folder.glob("previews/*"))
+    what, deadline = ("steps", "validation", "writing")[kill % 3], time.monotonic() + 10
+    time.sleep(moments.uniform(0, 0.5))
+    while time.monotonic() < deadline and what != "steps":
+        if what == "validation" and set(folder.glob("previews/*")) - before:
+            return what
+        if what == "writing" and any(folder.glob(".*.ckpt.*.tmp")):
+            return what
+    return "steps"
+
+
+@pytest.mark.parametrize(("count", "kills"), [pytest.param(1, 20, marks=SLOW), (2, 3), pytest.param(2, 20, marks=SLOW)])
 def test_a_run_killed_at_any_moment_learns_what_an_unbroken_one_learns(
     nursery, unbroken, tmp_path, count, kills
 ) -> None:
-    """Bit for bit; what reads the samples may change every time."""
-    moments = random.Random(count * 100 + kills)
-    run = Ranks(nursery, count, tmp_path, *LIFE, "hydra.run.dir=run")
-    run.wait_for("step 1 of")
-    reached = []
+    """Bit for bit; what reads the samples may change every time, and how often a checkpoint is written."""
+    moments, folder = random.Random(count * 100 + kills), tmp_path / "run"
+    steps = 40 if kills < 10 else 120
+    run = Ranks(
+        nursery, count, tmp_path, *LIFE, f"trainer.max_steps={steps}", "hydra.run.dir=run",
+        "trainer.checkpoint_interval=1",
+    )  # fmt: skip
+    killed = []
     for kill in range(kills):
-        time.sleep(moments.uniform(0.5, 6))
+        what = reached(run, folder, kill, moments)
         run.hit(signal.SIGKILL)
-        run.end(20)
-        assert any((tmp_path / "run").glob("last*.ckpt")) or kill == 0
-        resume = ["resume=run"] if any((tmp_path / "run").glob("last*.ckpt")) else [*LIFE, f"hydra.run.dir=run{kill}"]
-        if resume == ["resume=run"]:
-            newest = last_checkpoints(tmp_path / "run")[0]
-            reached.append(torch.load(newest, weights_only=True)["global_step"])
-        run = Ranks(nursery, count, tmp_path, *resume, f"data.workers={kill % 3}")
-        run.wait_for("run folder")
+        assert run.end(20) == [137] * count, run.text
+        step = torch.load(last_checkpoints(folder)[0], weights_only=True)["global_step"]
+        killed.append(f"{what} after {step}")
+        # some lives are too short for a checkpoint of their own, most get a few steps further
+        run = Ranks(
+            nursery, count, tmp_path, "resume=run", f"data.workers={kill % 3}",
+            f"trainer.checkpoint_interval={4 if kill % 5 == 4 else 1}",
+        )  # fmt: skip
     assert run.end(300) == [0] * count, run.text
-    print("steps at which it was killed:", reached)
-    assert differences(learnt(unbroken(count)), learnt(tmp_path / "run")) == []
+    print("killed in:", ", ".join(killed))
+    assert differences(learnt(unbroken(count, steps)), learnt(folder)) == []
     for column in ("train/loss", "val/miou"):  # the log is that of one run, too: each step once
-        assert rows(tmp_path / "run", column) == rows(unbroken(count), column)
-    assert {path.name for path in (tmp_path / "run").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "last-1.ckpt"}
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+        assert rows(folder, column) == rows(unbroken(count, steps), column)
+    assert {path.name for path in folder.glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "last-1.ckpt"}
+    assert not list(folder.glob(".*.tmp"))
 
 
 @SLOW
