@@ -135,7 +135,7 @@ class Ranks:
 
     def wait_for(self, words: str, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
-        while words not in self.text and any(_running(pid) for pid in self.ids):
+        while words not in self.text and any(running(pid) for pid in self.ids):
             assert time.monotonic() < deadline, self.text
             time.sleep(0.02)
 
@@ -199,7 +199,7 @@ def _waited(pid: int, seconds: float) -> int | None:
         time.sleep(0.02)
 
 
-def _running(pid: int) -> bool:
+def running(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 

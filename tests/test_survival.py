@@ -15,7 +15,7 @@ import torch
 
 from segformer.errors import UserError
 from segformer.states import last_checkpoints
-from tests.survival import SMALL, Nursery, Ranks, Run, differences, learnt, only_run
+from tests.survival import SMALL, Nursery, Ranks, Run, differences, learnt, only_run, running
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes as Linux shows them")
 
@@ -59,6 +59,8 @@ def rows(folder: Path, column: str) -> list[tuple[int, float]]:
 def reached(run: Ranks, folder: Path, kill: int, moments: random.Random) -> str:
     """Waits for a moment to kill: among steps, in a validation or in the writing of a checkpoint, by turns."""
     run.wait_for("step ")  # the first one of this life
+    while not last_checkpoints(folder):  # and of the first life the first checkpoint
+        assert all(map(running, run.ids)), run.text
     before = set(folder.glob("previews/*"))
     what, deadline = ("steps", "validation", "writing")[kill % 3], time.monotonic() + 10
     time.sleep(moments.uniform(0, 0.5))
