@@ -395,12 +395,7 @@ def build_segformer(
         **(statistics or {}),
     )
     model = SegformerForSemanticSegmentation(config)
-    loaded = start_from(model, pretrained) if pretrained else "all weights start fresh"
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if compile:
-        model.compile()
-    return model.freeze(*freeze), loaded
+    return model, _prepared(model, pretrained, freeze, gradient_checkpointing, compile)
 
 
 def build_classifier(
@@ -425,12 +420,24 @@ def build_classifier(
         merged_decode=merged_decode,
     )
     model = SegformerForImageClassification(config)
+    return model, _prepared(model, pretrained, freeze, gradient_checkpointing, compile)
+
+
+def _prepared(
+    model: SegformerPreTrainedModel,
+    pretrained: str | None,
+    freeze: Sequence[str],
+    gradient_checkpointing: bool,
+    compile: bool,
+) -> str:
+    """Makes a fresh network ready to be trained; what was loaded into it."""
     loaded = start_from(model, pretrained) if pretrained else "all weights start fresh"
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if compile:
         model.compile()
-    return model.freeze(*freeze), loaded
+    model.freeze(*freeze)
+    return loaded
 
 
 def _classification_loss(logits: Tensor, labels: Tensor, config: SegformerConfig) -> Tensor:

@@ -74,7 +74,7 @@ def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     Of a value that holds a secret somewhere nothing is kept.
     """
     hidden: list[str] = []
-    for previous, word in zip(["", *arguments], arguments, strict=False):
+    for previous, word in pairwise(["", *arguments]):
         key, sign, value = word.partition("=")
         if any(names_secret(match[1]) for match in _NAMED.finditer(word)):
             hidden.append(f"{key}={REDACTED}" if sign and value and not _NAMED.search(key) else REDACTED)
