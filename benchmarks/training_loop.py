@@ -34,7 +34,7 @@ from segformer import kinds, loggers, resume, states, stops
 from segformer.config import VARIANTS
 from segformer.data.datamodule import SegmentationData
 from segformer.data.dataset import collate
-from segformer.data.sampler import TrainingBatches
+from segformer.data.sampler import TrainingBatches, mix
 from segformer.metrics import Scores, confusion_matrix
 from segformer.model import SegformerForSemanticSegmentation, build_segformer
 from segformer.optim import warmup_poly
@@ -247,7 +247,7 @@ class Turns(pl.Callback):
         start = time.perf_counter()
         if self.bare:
             self.trainer.append(start - self.end)
-        task.on_train_batch_start(batch, batch_idx)  # seeds dropout, as it is about to do for the trainer's step
+        torch.manual_seed(mix(task.seed, trainer.global_step, 0, 0))  # the task is about to do so, too
         self.step(batch)
         self.end = time.perf_counter()
         self.bare.append(self.end - start)

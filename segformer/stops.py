@@ -77,7 +77,7 @@ class Stops(pl.Callback):
     ) -> None:
         assert isinstance(task, Task)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        norm = gradient_norm(task)
+        norm = gradient_norm(optimizer)
         task.log("train/grad_norm", norm)
         finite = bool(torch.isfinite(norm + task.step_loss))
         self.agreed, broken = self._agree(self.asked, not finite)
@@ -155,10 +155,10 @@ class Stops(pl.Callback):
             _requeue()
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The 2-norm of all gradients; a scalar, not read from the device."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients)
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The 2-norm of the gradients of all that learns; a scalar, not read from the device."""
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
 
 
 def _requeue() -> None:

@@ -99,8 +99,10 @@ class Task(pl.LightningModule):
         return "\n".join(lines)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # dropout and drop-path follow from (seed, step, process): a resumed run draws what an unbroken one draws
         accumulated = batch_idx % self.trainer.accumulate_grad_batches
+        if accumulated == 0:  # Lightning would keep the last step's gradients until this step's forward pass is done
+            self.trainer.optimizers[0].zero_grad()
+        # dropout and drop-path follow from (seed, step, process): a resumed run draws what an unbroken one draws
         torch.manual_seed(mix(self.seed, self.global_step, accumulated, self.global_rank))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -111,7 +113,6 @@ class Task(pl.LightningModule):
             self.step_losses.clear()
             # of all samples of the step, on whatever layout: curves of one and of eight devices can be compared
             self.log("train/loss", self.step_loss, sync_dist=True)
-            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def uncompiled(self) -> AbstractContextManager[Any]:

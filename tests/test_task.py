@@ -104,6 +104,19 @@ def test_accumulated_micro_batches_train_like_the_whole_batch(micro) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 
+def test_a_forward_pass_holds_no_gradients_but_those_it_adds_to(monkeypatch) -> None:
+    held = []
+
+    def loss_of(task, batch):
+        held.append(any(parameter.grad is not None for parameter in task.model.parameters()))
+        return original(task, batch)
+
+    original = SegmentationTask.loss_of
+    monkeypatch.setattr(SegmentationTask, "loss_of", loss_of)
+    trained(Record(), 3, batch_size=4, micro_batch_size=2)
+    assert held == [False, True] * 3
+
+
 def test_a_run_that_goes_on_still_says_whose_weights_it_started_from(tiny) -> None:
     """It does not open the pretrained weights again, so the note must come out of its own checkpoint."""
     tiny.config.weights_license = "NVIDIA's own"

@@ -240,7 +240,7 @@ def test_a_broken_run_goes_on_as_if_unbroken(here, run, cut, resumes_at) -> None
     code, out, err = run(train, f"resume={broken}")
     assert code == 0, err
     assert only_run(here) == broken  # no second folder
-    for column in ("train/loss", "lr", "val/miou"):
+    for column in ("train/loss", "lr/encoder", "val/miou"):
         assert rows(broken, column) == rows(unbroken, column), column
     expected = weights(unbroken / "last.ckpt")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(broken / "last.ckpt").items())
@@ -268,7 +268,9 @@ def test_a_run_goes_on_with_other_micro_batches(here, run) -> None:
     code, _, err = run(train, f"resume={broken}", "data.micro_batch_size=1", "logger={}")
     assert code == 0, err
     assert list(rows(broken, "val/miou")) == list(rows(unbroken, "val/miou")) == [2, 5, 7]
-    assert rows(broken, "lr") == rows(unbroken, "lr") and list(rows(broken, "train/loss")) == list(range(8))
+    assert rows(broken, "lr/encoder") == rows(unbroken, "lr/encoder") and list(rows(broken, "train/loss")) == list(
+        range(8)
+    )
     saved = torch.load(broken / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 8
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 32
