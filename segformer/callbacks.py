@@ -24,6 +24,7 @@ from segformer.files import read_json, reason, write_json
 from segformer.labels import Classes
 from segformer.metrics import Scores
 from segformer.provenance import provenance, redacted
+from segformer.task import Task
 from segformer.visualize import panel
 
 PREVIEWS = 4  # panels drawn at each validation
@@ -79,8 +80,9 @@ class Progress(ProgressBar):
         due = now - self.since >= (1 if self.terminal else LINE_SECONDS)
         if not self.enabled_ or not (due or step in (self.first + 1, trainer.max_steps)):
             return
-        # reading the loss waits for the device: once a second, not every step
-        self.shown["loss"] = f"{float(trainer.callback_metrics['train/loss']):.4f}"
+        assert isinstance(task, Task)
+        # of this process; reading it waits for the device: once a second, not every step
+        self.shown["loss"] = f"{float(task.step_loss):.4f}"
         self.shown["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}"
         self.shown["images/s"] = f"{(step - self.step) * self.batch_size / max(now - self.since, 1e-6):.1f}"
         self.since, self.step = now, step
@@ -89,8 +91,6 @@ class Progress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
             score = task.MONITOR
-            if "train/loss" in trainer.callback_metrics:
-                self.shown["loss"] = f"{float(trainer.callback_metrics['train/loss']):.4f}"
             self.shown[NAMES.get(str(score), str(score))] = f"{float(trainer.callback_metrics[str(score)]):.4f}"
             self.since, self.step = time.monotonic(), trainer.global_step  # validation is not training speed
             if self.enabled_:
@@ -131,13 +131,14 @@ class Progress(ProgressBar):
 
 
 class Monitor(pl.Callback):
-    """Logs what steps cost, every `trainer.log_every_n_steps` optimiser steps, and the learning rates they took.
+    """Logs the loss of a step and what steps cost, each `trainer.log_every_n_steps` optimiser steps and at the last.
 
-    time/step: seconds of an optimiser step, and time/data: those in which it waited for samples and their way to the
-    device, on average since the last log; validation and the writing of checkpoints do not count. A GPU may be busy
-    with the step before while the process waits. memory/peak_mib: on CUDA the most that tensors took on the first
-    process's device since the last log, elsewhere the most that the process itself took since it started.
-    lr/<group>: of each parameter group. Reads nothing from the device.
+    train/loss: of all samples of that step, on whatever number of devices. train/grad_norm: of all gradients together,
+    before clipping. lr/<group>: the learning rate of each parameter group. time/step: seconds of an optimiser step, and
+    time/data: those in which it waited for samples and their way to the device, on average since the last log;
+    validation and the writing of checkpoints do not count. A GPU may be busy with the step before while the process
+    waits. memory/peak_mib: on CUDA the most that tensors took on the first process's device since the last log,
+    elsewhere the most that the process itself took since it started. Reads nothing from the device.
     """
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
@@ -170,9 +171,12 @@ class Monitor(pl.Callback):
         if step != self.step:  # not a micro-batch of an accumulated step
             self.step, self.steps = step, self.steps + 1
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's set-up
-            last = step == trainer.max_steps or trainer.should_stop
-            if every and (step % every == 0 or last):
-                task.log_dict(self._costs() | _peak(task.device) | self.rates)
+            if every and (step % every == 0 or step == trainer.max_steps):
+                assert isinstance(task, Task)
+                task.log("train/loss", task.step_loss, sync_dist=True)
+                task.log_dict(
+                    {"train/grad_norm": task.gradient_norm, **self._costs(), **_peak(task.device), **self.rates}
+                )
                 self._restart()
         self.ended = now
 

@@ -77,8 +77,7 @@ class Stops(pl.Callback):
     ) -> None:
         assert isinstance(task, Task)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        norm = gradient_norm(optimizer)
-        task.log("train/grad_norm", norm)
+        norm = task.gradient_norm = gradient_norm(optimizer)
         finite = bool(torch.isfinite(norm + task.step_loss))
         self.agreed, broken = self._agree(self.asked, not finite)
         self.overflows = self.overflows + 1 if broken else 0

@@ -71,6 +71,7 @@ class Task(pl.LightningModule):
         self.hyper_parameters = hyper_parameters or {}
         self.step_losses: list[Tensor] = []  # of the micro-batches of the optimiser step at hand
         self.step_loss = torch.zeros(())  # of all of them on this process
+        self.gradient_norm = torch.zeros(())  # before clipping
 
     def loss_of(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch; a float32 scalar."""
@@ -111,8 +112,6 @@ class Task(pl.LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
             self.step_loss = torch.stack(self.step_losses).mean()
             self.step_losses.clear()
-            # of all samples of the step, on whatever layout: curves of one and of eight devices can be compared
-            self.log("train/loss", self.step_loss, sync_dist=True)
         return loss
 
     def uncompiled(self) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from segformer import resume
+from segformer.callbacks import Monitor
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import build
 from segformer.inference import Protocol
@@ -52,7 +53,7 @@ def trained(record: Record, steps: int, optim: dict | None = None, **data) -> Se
     loaders = build("data", SegmentationData, TOY | data, seed=0).opened("train", "val")
     task = SegmentationTask(small(loaders.classes.names), Protocol(), RECIPE | (optim or {}), steps)
     options = {"max_steps": steps, "val_check_interval": steps, "limit_val_batches": 0, "log_every_n_steps": 1}
-    trainer = quiet(**options, callbacks=[record])
+    trainer = quiet(**options, callbacks=[Monitor(), record])
     resume.share_batches(trainer, loaders)
     trainer.fit(task, loaders)
     return task
