@@ -18,6 +18,9 @@ from torch import Tensor
 from segformer.errors import UserError
 from segformer.files import reason, write_atomically
 
+# as the user set it: MLflow writes its first run's database there, and the next run of a sweep would join that one
+MLFLOW_SERVER = os.environ.get("MLFLOW_TRACKING_URI")
+
 
 class MetricsFile(Logger):
     """`metrics.csv` in the run folder: a row for each time something is logged, the columns in alphabetical order.
@@ -104,7 +107,7 @@ class LocalMLFlow(Logger):
         if find_spec("mlflow") is None or find_spec("sqlalchemy") is None:
             raise UserError('logger=mlflow needs MLflow and a database: pip install "segformer[mlflow]"')
         self.folder, self.experiment_name = Path(save_dir), experiment_name
-        self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self.tracking_uri = tracking_uri or MLFLOW_SERVER
 
     @cached_property
     def _logger(self) -> MLFlowLogger:
