@@ -91,10 +91,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 path, lambda file: torch.save(checkpoint, file), self._older if path.name == LAST else None
             )
         except (OSError, RuntimeError) as error:
-            needed, free = _size(checkpoint), shutil.disk_usage(path.parent).free
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full and not (isinstance(error, RuntimeError) and free < needed):  # torch hides the system's error
+            system = error if isinstance(error, OSError) else error.__context__  # torch's own error comes on top
+            if not isinstance(system, OSError) or system.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            needed, free = _size(checkpoint), shutil.disk_usage(path.parent).free
             kept = "the one before is as it was" if path.is_file() else "there is none before it"
             self.unwritten[path.name] = (
                 f"the disk is full: {path} needs {needed / 2**20:.1f} MiB, but {free / 2**20:.1f} MiB are free; {kept}"

@@ -1,5 +1,7 @@
 """What a run keeps of itself."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -27,6 +29,21 @@ def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path) -> None:
         AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.zeros(10**5), "bad": _Unsaveable()}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_was_full_for_a_moment_is_told_and_goes_by(tmp_path, monkeypatch, capfd) -> None:
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+    with monkeypatch.context() as patch, Path("/dev/full").open("wb", buffering=0) as full:
+        save = torch.save
+        patch.setattr(torch, "save", lambda checkpoint, file: save(checkpoint, full))
+        writer.save_checkpoint({"step": 2, "weights": torch.zeros(10**6)}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert f"the disk is full: {path} needs 3.8 MiB" in writer.unwritten["last.ckpt"]
+    assert "the one before is as it was" in capfd.readouterr().err
+    writer.save_checkpoint({"step": 3}, path)
+    assert torch.load(path, weights_only=True) == {"step": 3} and not writer.unwritten
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
@@ -110,13 +127,12 @@ def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tmp_path) -> None
     norms = []
 
     class Norm(pl.Callback):
-        def on_before_zero_grad(self, trainer, task, optimizer) -> None:
-            gradients = [p.grad.flatten() for p in task.parameters() if p.grad is not None]
-            if gradients and trainer.global_step:
-                norms.append(float(torch.cat(gradients).norm()))
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
+            norms.append(float(torch.cat([p.grad.flatten() for p in task.parameters()]).norm()))
 
     fitted(tmp_path, 3, [Norm()], gradient_clip_val=0.01, limit_val_batches=0)
-    assert norms and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+    stepped = norms[1::2]  # two micro-batches a step
+    assert len(stepped) == 3 and all(norm == pytest.approx(0.01, rel=1e-3) for norm in stepped)
 
 
 @pytest.mark.parametrize(
