@@ -14,8 +14,7 @@ from segformer.data.sampler import Draw
 from segformer.data.samples import Samples, Stream
 from segformer.errors import UserError, build
 from segformer.processor import SegformerImageProcessor
-from tests import test_train_evaluate as scripts
-from tests import trees
+from tests import scripts, trees
 from tests.conftest import ROOT, save
 from tests.test_configs import DATASETS, composed
 from tests.trees import TREES, Tree
