@@ -23,7 +23,8 @@ from segformer.errors import UserError
 from segformer.files import read_json, reason, write_json
 from segformer.labels import Classes
 from segformer.metrics import Scores
-from segformer.provenance import provenance, redacted
+from segformer.provenance import provenance
+from segformer.secrets import redacted
 from segformer.task import Task
 from segformer.visualize import panel
 

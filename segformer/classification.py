@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from segformer.checkpoints import Pretrained
+from segformer.errors import UserError, build
 from segformer.inference import normalized
 from segformer.task import Task
 
@@ -34,6 +35,13 @@ class Hits(Metric):
         return self.counts
 
 
+def class_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """logits: (B, K). labels: (B,) classes, or (B, K) probabilities. label_smoothing: 0 to 1; a float32 scalar."""
+    if not 0 <= label_smoothing <= 1:
+        raise UserError(f"label_smoothing is {label_smoothing}, expected 0 to 1")
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
 class ClassificationTask(Task):
     """Trains and scores a `SegformerForImageClassification`.
 
@@ -53,12 +61,14 @@ class ClassificationTask(Task):
         hyper_parameters: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model, optim, max_steps, seed, hyper_parameters)
+        anything = torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
+        build("optim", class_cross_entropy, self.loss, logits=anything[0], labels=anything[1])  # refuses what is wrong
         self.hits = Hits()
         self.images_scored = 0
 
     def loss_of(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(normalized(self.model, batch["image"])).logits
-        return F.cross_entropy(logits.float(), batch["label"], **self.loss)
+        return class_cross_entropy(logits, batch["label"], **self.loss)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits = self.model(normalized(self.model, batch["image"])).logits

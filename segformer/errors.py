@@ -6,6 +6,7 @@ Everything else is a bug of ours and keeps its traceback.
 import errno
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from segformer.launch import process
+from segformer.secrets import redacted_text
 
 T = TypeVar("T")
 
@@ -78,10 +80,12 @@ def explained() -> Iterator[None]:
         yield
     except Exception as error:
         sentence = _sentence(error)
-        if sentence is None:
-            raise
+        if sentence is None:  # here, or Hydra would print it below the whole command line, secrets and all
+            sys.stderr.write(redacted_text(traceback.format_exc()))
+            sys.exit(1)
         if not (process() and isinstance(error, SharedError)):
-            print(f"error{f' in process {process()}' if process() else ''}: {sentence}", file=sys.stderr)
+            where = f" in process {process()}" if process() else ""
+            print(f"error{where}: {redacted_text(sentence)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from segformer.errors import UserError
 from segformer.files import reason, write_atomically
+from segformer.secrets import redacted_text
 
 # as the user set it: MLflow writes its first run's database there, and the next run of a sweep would join that one
 MLFLOW_SERVER = os.environ.get("MLFLOW_TRACKING_URI")
@@ -111,8 +112,12 @@ class LocalMLFlow(Logger):
 
     @cached_property
     def _logger(self) -> MLFlowLogger:
-        for name, value in (("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_DISABLE_TELEMETRY", "true")):
-            os.environ.setdefault(name, value)  # a local record is nobody else's business
+        for name, value in (
+            ("MLFLOW_LOGGING_LEVEL", "WARNING"),
+            ("MLFLOW_DISABLE_TELEMETRY", "true"),  # a local record is nobody else's business
+            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"),  # seconds without a word, not the quarter of an hour of its 7
+        ):
+            os.environ.setdefault(name, value)
         pictures = None if self.tracking_uri else (self.folder / "mlflow").absolute().as_uri()
         address = self.tracking_uri or f"sqlite:///{self.folder.absolute() / 'mlflow.db'}"
         return MLFlowLogger(self.experiment_name, self.folder.name, address, artifact_location=pictures)
@@ -128,7 +133,13 @@ class LocalMLFlow(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        return self._logger.experiment
+        try:
+            return self._logger.experiment
+        except Exception as error:  # of the network, of the service: each a type of its own
+            raise UserError(
+                f"MLflow does not answer at {self._logger._tracking_uri}: {reason(error)}; start its server, or take "
+                "logger.mlflow.tracking_uri=null without MLFLOW_TRACKING_URI, which keeps the record in the run folder"
+            ) from error
 
     @property
     def run_id(self) -> str | None:
@@ -136,10 +147,16 @@ class LocalMLFlow(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self._logger.log_metrics(metrics, step)
+        try:
+            self._logger.log_metrics(metrics, step)
+        except Exception as error:  # a server that is away for a moment is not worth a run; metrics.csv has the numbers
+            warnings.warn(
+                f"MLflow did not take the numbers of step {step}: {redacted_text(reason(error))}", stacklevel=2
+            )
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        _ = self.experiment  # the first word to a server: whether it is there
         self._logger.log_hyperparams(params)
 
     @rank_zero_only

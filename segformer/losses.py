@@ -79,9 +79,7 @@ def pixel_cross_entropy(
         raise UserError(f"ohem_min_kept is {ohem_min_kept}, expected a whole number of pixels of at least 0")
     _check(logits, labels, ignore_index)
     if class_weights is not None:
-        known = not isinstance(class_weights, Tensor) or _readable(class_weights)
-        if len(class_weights) != classes or (known and min(class_weights) < 0):
-            raise UserError(f"class_weights are {class_weights}, expected {classes} factors of at least 0")
+        _check_factors(class_weights, classes)
         class_weights = _exact(torch.as_tensor(class_weights, device=logits.device), like=logits)
     objective = _CrossEntropy(ignore_index, denominator, class_weights, label_smoothing, ohem_threshold, ohem_min_kept)
     return _BandedLoss.apply(logits, labels, objective)
@@ -124,6 +122,18 @@ def binary_pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int
 def _readable(values: Tensor) -> bool:
     """Whether values can be looked at for errors: a GPU would have to be waited for, a compiler breaks its graph."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_factors(factors: Any, classes: int) -> None:
+    try:
+        values = torch.as_tensor(factors)
+    except (TypeError, ValueError, RuntimeError):  # words, gaps
+        values = torch.zeros(0)
+    right = values.shape == (classes,)
+    if right and _readable(values):
+        right = bool(values.isfinite().all() and (values >= 0).all() and (values > 0).any())
+    if not right:
+        raise UserError(f"class_weights are {factors}, expected {classes} factors of at least 0, not all of them 0")
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:

@@ -95,6 +95,8 @@ def adamw(
     if schedule not in schedules:
         raise UserError(f"optim.schedule is {schedule!r}{nearest(schedule, schedules)}: choose from poly, cosine")
     groups = parameter_groups(model, lr, weight_decay, head_lr_multiplier)
+    if not groups:
+        raise UserError("model.freeze leaves nothing to learn: leave out a part of the network")
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused)
     factor = schedules[schedule](max_steps, warmup_steps, warmup_ratio)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,18 +1,15 @@
-"""What a result goes back to: command, versions, machine, the state of the code, the data; and no secret of anyone."""
+"""What a result goes back to: command, versions, machine, the state of the code, the data."""
 
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -22,8 +19,8 @@ import torch
 from segformer.data.archives import Member
 from segformer.data.hub import Cell, Column
 from segformer.data.samples import Elsewhere, Samples, Stream
+from segformer.secrets import redacted_arguments
 
-REDACTED = "<redacted>"
 PACKAGES = (
     "segformer",
     "torch",
@@ -46,71 +43,6 @@ PACKAGES = (
 )
 GIT_SECONDS = 5  # for all that git is asked: it may look at every file of a folder on a slow network disk
 SIZED = 20_000  # samples of which file sizes count in a fingerprint: a million files on a network disk take minutes
-
-_SECRET = re.compile(
-    r"\w*(token|secrets?|passwords?|passwd|passphrase|apikeys?)|key|pwd|credentials?|auth(entication|orization)?|bearer"
-)
-_SECRET_PAIRS = {(kind, key) for kind in ("access", "api", "private", "secret") for key in ("key", "keys")}
-_SIGNED = {"sig", "signature"}  # of an address that opens a file without a password
-_NAMED = re.compile(r"([\w.@-]+)[\"']?\s*[:=]")
-_QUERY = re.compile(r"(?<=[?&])(?P<key>[\w.-]+)=(?P<value>[^\s&#]+)")
-# up to the last @ before the path; a password that holds a slash is told from a port by not being a number
-_USER = re.compile(r"(?<=://)(?:[^\s/?#]*@|[^\s/?#:@]+:(?!\d+(?:/|$))[^\s@]+@)")
-
-
-def redacted(values: Any) -> Any:
-    """A copy of nested plain values in which every secret reads "<redacted>".
-
-    A secret is the text or number under a key that names one, and whatever lies below such a key: `api_key`, `apiKey`,
-    `hf-token`, `password`, `auth`, a `key` of any kind, but not `monitor`, `tokens_per_batch` or `keyframe`. Users and
-    passwords in addresses are removed from every text. Switches, null and empty text stay.
-    """
-    return _redacted(values, secret=False)
-
-
-def redacted_arguments(arguments: Sequence[str]) -> list[str]:
-    """The same for the words of a command line: `logger.wandb.api_key=abc`, `+a={token:abc}`, `--token abc`.
-
-    Of a value that holds a secret somewhere nothing is kept.
-    """
-    hidden: list[str] = []
-    for previous, word in pairwise(["", *arguments]):
-        key, sign, value = word.partition("=")
-        if any(names_secret(match[1]) for match in _NAMED.finditer(word)):
-            hidden.append(f"{key}={REDACTED}" if sign and value and not _NAMED.search(key) else REDACTED)
-        elif previous.startswith("-") and "=" not in previous and names_secret(previous):
-            hidden.append(REDACTED)
-        else:
-            hidden.append(_without_address(word))
-    return hidden
-
-
-def names_secret(key: str) -> bool:
-    """Whether a key names a secret, by its words: parts between _ and -, and between small and capital letters."""
-    words = re.findall("[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key).lower())
-    return any(_SECRET.fullmatch(word) for word in words) or not _SECRET_PAIRS.isdisjoint(pairwise(words))
-
-
-def _redacted(values: Any, secret: bool) -> Any:
-    if isinstance(values, Mapping):
-        return {key: _redacted(value, secret or names_secret(str(key))) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_redacted(value, secret) for value in values]
-    if secret and not isinstance(values, bool) and values not in (None, ""):
-        return REDACTED
-    return _without_address(values) if isinstance(values, str) else values
-
-
-def _without_address(text: str) -> str:
-    """Without users, passwords and keys in the addresses that it holds."""
-    if "://" not in text:
-        return text
-    return _QUERY.sub(_without_query_value, _USER.sub(f"{REDACTED}@", text))
-
-
-def _without_query_value(match: re.Match[str]) -> str:
-    secret = names_secret(match["key"]) or not _SIGNED.isdisjoint(re.split("[^a-z]", match["key"].lower()))
-    return f"{match['key']}={REDACTED}" if secret else match[0]
 
 
 def provenance(data: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from segformer.data.loaders import Loaders
 from segformer.errors import SharedError, UserError
 from segformer.files import absolute
 from segformer.launch import process
-from segformer.provenance import REDACTED, redacted
+from segformer.secrets import REDACTED, redacted
 from segformer.states import BestCheckpoint, last_checkpoints
 
 # what may differ when a run goes on: where and how it computes, not what the recipe is. Another number of devices or
@@ -62,6 +62,9 @@ def run_folder(config: dict[str, Any], overrides: Sequence[str]) -> tuple[Path, 
         value = config["trainer"][key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"trainer.{key} is {value!r}, expected an integer of at least 1")
+    clip = config["trainer"].get("gradient_clip_val")
+    if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):
+        raise UserError(f"trainer.gradient_clip_val is {clip!r}, expected a norm above 0; null does not clip")
     if not isinstance(config["seed"], int) or config["seed"] < 0:
         raise UserError(f"seed is {config['seed']!r}, expected an integer of at least 0")
     if "accumulate_grad_batches" in config["trainer"]:
@@ -117,7 +120,7 @@ def closing_words(trainer: pl.Trainer, best: BestCheckpoint) -> float:
     if unwritten:
         raise UserError("; ".join(unwritten.values()))
     if not best.best_model_path or best.best_model_score is None:
-        trainer.print("nothing was scored, so there is no best.ckpt")
+        trainer.print(f"there is no best.ckpt: {'it was taken away' if best.lost else 'nothing was scored'}")
         return float("nan")
     score = float(best.best_model_score)
     path = _short(best.best_model_path)
@@ -139,8 +142,9 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
     computed is refused by name.
     """
     if resume == "auto":
-        own = Path(config["run"])
-        runs = [own] if last_checkpoints(own) else _resumable(own.parent)  # others never reached a checkpoint
+        own, choices = Path(config["run"]), config["choices"]
+        usual = own.parent.name == f"{choices['model']}_{choices['data']}"  # not a folder of the user's own
+        runs = [own] if last_checkpoints(own) else _resumable(own.parent) if usual else []
         if not runs:
             return None
         run, named = max(runs, key=lambda folder: (folder / "config.yaml").stat().st_mtime), None
@@ -179,6 +183,7 @@ def go_on(resume: str, config: dict[str, Any], overrides: Sequence[str]) -> tupl
 
 
 def _resumable(parent: Path) -> list[Path]:
+    """The runs that reached a checkpoint."""
     return [path.parent for path in parent.glob("*/config.yaml") if last_checkpoints(path.parent)]
 
 
@@ -207,10 +212,13 @@ def _with_secrets(saved: Any, given: Any, where: str = "") -> Any:
     if isinstance(saved, Mapping):
         found = given if isinstance(given, Mapping) else {}
         return {key: _with_secrets(value, found.get(key), f"{where}.{key}".lstrip(".")) for key, value in saved.items()}
+    if isinstance(saved, list):
+        same = isinstance(given, list) and len(given) == len(saved)
+        return [_with_secrets(*pair, where) for pair in zip(saved, given if same else [None] * len(saved), strict=True)]
     if not isinstance(saved, str) or REDACTED not in saved:
         return saved
-    if given is None:
-        raise UserError(f"{where} is a secret, which a run folder does not keep: give {where}=... again")
+    if given in (None, "???"):
+        raise UserError(f"{where} holds a secret, which a run folder does not keep: give ++{where}=... again")
     return given
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from segformer.errors import SharedError, UserError, build
 from segformer.files import write_atomically
-from segformer.provenance import redacted
+from segformer.secrets import redacted
 
 LAST = "last.ckpt"
 
@@ -120,6 +120,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, the checkpoint of the highest score, also when the run folder has moved since."""
 
+    lost = False  # there was one when the run was cut off
+
     def __init__(self, run: Path, monitor: str) -> None:
         super().__init__(
             run,
@@ -133,6 +135,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path = str(Path(str(self.dirpath), "best.ckpt"))
         if not Path(path).is_file():  # there was no room for it, or someone took it away: the next one is the best
+            self.lost = bool(state_dict["best_model_path"])
             return
         moved = {**state_dict, "dirpath": self.dirpath}  # of another folder Lightning forgets the best score
         for key in ("best_model_path", "kth_best_model_path"):

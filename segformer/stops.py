@@ -48,6 +48,11 @@ class Stops(pl.Callback):
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        patient = trainer.early_stopping_callback
+        if patient is not None and patient.wait_count >= patient.patience:  # it had ended the run that goes on here
+            trainer.should_stop = True
+
     def teardown(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -1,7 +1,8 @@
 """What is done with a batch: loss in training, a confusion matrix in validation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from torchmetrics import Metric
 
 from segformer.checkpoints import Pretrained
 from segformer.data.sampler import mix
-from segformer.errors import build
+from segformer.errors import SharedError, build
 from segformer.inference import Protocol, normalized, segment
 from segformer.losses import segmentation_loss
 from segformer.metrics import Scores, confusion_matrix
@@ -126,10 +127,24 @@ class Task(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # a run that goes on does not open its pretrained weights again: what is known of them stands here
-        self.hyper_parameters["model"] = checkpoint["hyper_parameters"]["model"]
+        trained = checkpoint["hyper_parameters"]["model"]
+        if "id2label" in trained:
+            _require_same_classes(trained["id2label"].values(), self.model.config.id2label.values())
+        self.hyper_parameters["model"] = trained
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.hyper_parameters
+
+
+def _require_same_classes(trained: Iterable[str], found: Iterable[str]) -> None:
+    """Raises SharedError where folders or columns, which name a dataset's classes, changed since the run began."""
+    before, now = [*trained], [*found]
+    if before != now:
+        other = next(pair for pair in zip_longest(before, now, fillvalue="no class") if pair[0] != pair[1])
+        raise SharedError(
+            f"the data has {len(now)} classes, but the run learns {len(before)}, and where it has {other[0]!r}, the "
+            f"data has {other[1]!r}: restore the classes of data.train, or start a new run with model.pretrained="
+        )
 
 
 class SegmentationTask(Task):
@@ -156,6 +171,8 @@ class SegmentationTask(Task):
     ) -> None:
         super().__init__(model, optim, max_steps, seed, hyper_parameters)
         self.loss = {"denominator": "all", **self.loss}  # the recipe's, where a configuration is silent
+        anything = torch.zeros(1, model.config.num_labels, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
+        build("optim", segmentation_loss, self.loss, logits=anything[0], labels=anything[1])  # refuses what is wrong
         self.protocol = protocol
         self.confusion = Confusion(model.config.num_labels)
         self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it

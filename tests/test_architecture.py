@@ -11,7 +11,7 @@ SCRIPTS = ("train", "evaluate")
 
 # a module may import modules of lower levels; within a level only what is named beside it
 LEVELS = (
-    {"launch"},
+    {"launch", "secrets"},
     {"errors"},
     {"pixels", "labels", "files", "outputs", "bilinear"},
     {"config", "metrics", "optim", "losses"},

@@ -243,6 +243,16 @@ def test_mlflow_keeps_pictures_numbers_and_facts_in_the_run_folder_and_no_secret
     assert b"hunter2" not in everything(tmp_path) and {path.name for path in tmp_path.iterdir()} == {"run 0", "run 1"}
 
 
+def test_an_mlflow_server_that_is_away_is_one_sentence_or_a_warning(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("mlflow", reason='needs `pip install "segformer[mlflow]"`')
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    logger = LocalMLFlow(tmp_path, tracking_uri="http://127.0.0.1:9")
+    with pytest.raises(UserError, match="MLflow does not answer at http://127.0.0.1:9: .*; start its server, or take"):
+        logger.log_hyperparams({"a": 1})
+    with pytest.warns(UserWarning, match="MLflow did not take the numbers of step 3"):
+        logger.log_metrics({"a": 1.0}, 3)
+
+
 def test_mlflow_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match=r'pip install "segformer\[mlflow\]"'):

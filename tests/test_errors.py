@@ -44,9 +44,21 @@ def test_a_sentence_from_a_worker_process_arrives_alone(capsys) -> None:
     assert capsys.readouterr().err == "error: mask a.png holds the value 2: list it\n"
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(KeyError), explained():
-        {}["missing"]
+def test_a_bug_keeps_its_traceback_but_no_secret(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "+logger.x={_target_:a.B,api_key:hunter2hunter2}"])
+    monkeypatch.setenv("MY_TOKEN", "swordfish1")
+    with pytest.raises(SystemExit) as stop, explained():
+        raise KeyError("http://me:abc@host/x, hunter2hunter2, swordfish1")
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "Traceback (most recent call last)" in err and __file__ in err
+    assert "KeyError: 'http://<redacted>@host/x, <redacted>, <redacted>'" in err
+
+
+def test_a_sentence_shows_no_secret(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "logger.x.token=SE(CRET"])
+    with pytest.raises(SystemExit), explained():
+        raise UserError("no viable alternative at input 'SE(CRET', https://me:abc@host/x")
+    assert capsys.readouterr().err == "error: no viable alternative at input '<redacted>', https://<redacted>@host/x\n"
 
 
 def test_a_mismatched_torchvision_is_told(capsys) -> None:

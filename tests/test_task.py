@@ -10,7 +10,7 @@ from torch import nn
 from segformer import resume
 from segformer.callbacks import Monitor
 from segformer.data.datamodule import SegmentationData
-from segformer.errors import build
+from segformer.errors import SharedError, build
 from segformer.inference import Protocol
 from segformer.losses import pixel_cross_entropy
 from segformer.pixels import normalize
@@ -127,6 +127,17 @@ def test_a_run_that_goes_on_still_says_whose_weights_it_started_from(tiny) -> No
     after: dict = {}
     again.on_save_checkpoint(after)
     assert after["hyper_parameters"] == before["hyper_parameters"]
+
+
+def test_a_run_whose_classes_changed_does_not_go_on(tiny) -> None:
+    names = dict(enumerate(["bird", "cat", "dog"]))
+    checkpoint = {"hyper_parameters": {"model": {"id2label": names}, "config": {}}}
+    model = small(["cat", "dog", "puma"])
+    with pytest.raises(SharedError, match="where it has 'bird', the data has 'cat': restore the classes"):
+        SegmentationTask(model, Protocol()).on_load_checkpoint(checkpoint)
+    with pytest.raises(SharedError, match="has 2 classes, but the run learns 3, and where it has 'dog', the data has"):
+        SegmentationTask(small(["bird", "cat"]), Protocol()).on_load_checkpoint(checkpoint)
+    SegmentationTask(small(list(names.values())), Protocol()).on_load_checkpoint(checkpoint)
 
 
 def test_the_recipes_denominator_holds_where_a_configuration_is_silent(tiny) -> None:

@@ -183,6 +183,12 @@ BAD = {
     "no such weights": (["model.pretrained=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
     "a fraction of the images that is none": (["trainer.limit_val_batches=0.1"], "0.1 * 5 < 1"),
     "bad schedule": (["optim.loss_denominator=some"], "loss denominator is 'some'"),
+    "weights that are one number": (["optim.class_weights=1.0"], "class_weights are 1.0, expected 8 factors"),
+    "weights of nothing": (["optim.class_weights=[0,0,0,0,0,0,0,0]"], "not all of them 0"),
+    "smoothing that is none": (["optim.label_smoothing=null"], "optim.label_smoothing is None, expected a number"),
+    "a switch for a number": (["optim.ohem_threshold=true"], "optim.ohem_threshold is True, expected a number or null"),
+    "a negative norm": (["trainer.gradient_clip_val=-1"], "gradient_clip_val is -1, expected a norm above 0"),
+    "nothing to learn": (["model.freeze=[encoder,decode_head]"], "leaves nothing to learn"),
 }
 
 

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from segformer.data.archives import Entry, Member, Place, composed, entries, folder_at
 from segformer.data.loaders import Loaders
 from segformer.data.sampler import Draw, Sampling, mix
-from segformer.errors import UserError, build, nearest
+from segformer.errors import SharedError, UserError, build, nearest
 from segformer.pixels import MAX_PIXELS, PAD, Readable, read_image
 
 SEEN = 0.875  # share of the shorter side that is scored: the crop of 224 out of 256
 LONGEST = 16  # times the shorter side: what of an image lies beyond is never resized
 MAX_MAGNITUDE = 30
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,13 @@ def class_folders(section: str, root: str | None, images: str) -> Labelled:
     groups: list[tuple[str, list[Place]]] = []
     for folder in _folders(base, parts[:-1]):
         files = [entry.place for entry in _matching(folder.place, parts[-1]) if not entry.folder]
+        if parts[-1] == "*":  # thumbnail databases and notes lie beside images; a pattern says what it means itself
+            files = [file for file in files if str(file).lower().endswith(IMAGES)]
         if not files:
-            raise UserError(f"class folder {folder.place} holds no {parts[-1]}: add images, or remove the folder")
+            raise UserError(
+                f"class folder {folder.place} holds no {'image' if parts[-1] == '*' else parts[-1]}: add images "
+                f"({', '.join(IMAGES)}), or remove the folder"
+            )
         groups.append((composed(folder.name), files))
     classes = sorted({name for name, _ in groups})
     if len(classes) < 2:
@@ -303,6 +309,11 @@ class ClassificationData(Loaders):
         assert trainer is not None
         order = Sampling().order(self.seed, np.zeros((len(self.datasets["train"]), 1)))
         mixing = Mix(self.mixup, self.cutmix, len(self.classes)) if self.mixup or self.cutmix else None
+        if mixing and self.micro_batch(trainer) == 1:
+            raise SharedError(
+                "data.mixup and data.cutmix mix images that a device takes at once, but it takes 1: give more by "
+                "data.batch_size or data.micro_batch_size, or set both to 0"
+            )
         return self.training_loader(trainer, order, partial(collate, mixing=mixing))
 
     def val_dataloader(self) -> DataLoader[Any]:

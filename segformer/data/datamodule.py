@@ -1,5 +1,6 @@
 """The loaders of a dataset; its constructor is the schema of the config section `data`."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from segformer.data.transforms import TrainTransform
 from segformer.errors import SharedError, UserError, build
 from segformer.inference import Protocol, pair
 from segformer.labels import IGNORE, Classes
+from segformer.launch import process
 from segformer.pixels import MAX_PIXELS, MEAN, STD
 
 MAX_BANDS = 128
@@ -175,6 +177,28 @@ class SegmentationData(Loaders):
             batch_size=micro,
         )
         return DataLoader(streamed, batch_size=micro, **self.loader_options(trainer, collate))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of a stream follows from beside the seed: processes, their workers and micro-batches."""
+        return {"readers": self._readers()} if isinstance(self.datasets["train"], Stream) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict["readers"], self._readers()
+        if before != now and process() == 0:
+            changed = "; ".join(
+                f"{name} {before[name]} then, {now[name]} now" for name in now if before[name] != now[name]
+            )
+            print(
+                f"warning: data.train is a stream, whose order follows from its readers ({changed}): samples come in "
+                "another order, and some again",
+                file=sys.stderr,
+            )
+
+    def _readers(self) -> dict[str, int]:
+        trainer = self.trainer
+        assert trainer is not None
+        workers = self.loader_options(trainer, collate)["num_workers"]
+        return {"processes": trainer.world_size, "workers": workers, "micro_batch_size": self.micro_batch(trainer)}
 
     def _require_rows(self, processes: int) -> None:
         rows = self.images("train")

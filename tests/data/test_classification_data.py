@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from torchvision.transforms import v2
 
 from segformer.data.classification import Augmentation, Centre, ClassificationData, Mix
 from segformer.data.sampler import Draw
-from segformer.errors import UserError, build
+from segformer.errors import SharedError, UserError, build
 from segformer.inference import normalized
 from segformer.model import build_classifier
 from tests.conftest import save
@@ -181,7 +182,7 @@ def bare(root: Path) -> None:
     ("harm", "change", "message"),
     [
         (bare, {}, r"shapes/train/\* names 0 class folders .none., expected two or more, each with the images of its"),
-        (lambda root: (root / "train" / "empty").mkdir(), {}, r"class folder .*train/empty holds no \*: add images"),
+        (lambda root: (root / "train" / "empty").mkdir(), {}, r"class folder .*train/empty holds no image: add images"),
         (lambda root: (root / "val" / "dog").rename(root / "val" / "dogs"), {},
          "data.val has 1 classes that data.train has not, first 'dogs' .did you mean 'dog'..: expected the same 3"),
         (lambda root: [path.unlink() for path in (root / "val" / "dog").iterdir()], {}, "val/dog holds no"),
@@ -222,9 +223,12 @@ def test_bad_trees_and_settings_are_one_sentence_each(tree, harm, change, messag
 
 
 def test_a_file_that_is_no_image_is_told_by_its_name(tree) -> None:
-    (tree / "val" / "dog" / "notes.txt").write_text("not a dog")
+    (tree / "val" / "dog" / "Thumbs.db").write_text("not a dog")
+    assert len(opened(tree, "val").datasets["val"]) == 12
+    assert len(opened(tree, "val", val={"images": "val/*/*.*"}).datasets["val"]) == 13  # asked for
+    (tree / "val" / "dog" / "notes.PNG").write_text("not a dog")
     data = opened(tree, "val")
-    with pytest.raises(UserError, match="cannot read image .*val/dog/notes.txt: the file holds no image"):
+    with pytest.raises(UserError, match="cannot read image .*val/dog/notes.PNG: the file holds no image"):
         [data.datasets["val"][index] for index in range(13)]
 
 
@@ -322,6 +326,13 @@ def test_mixed_batches_carry_probabilities(tree) -> None:
     assert len({tuple(batch["label"].unique().tolist()) for batch in found}) > 1  # each batch draws its own share
     for batch in found:
         assert batch["label"].shape == (6, 3) and batch["label"].sum(1).tolist() == pytest.approx([1] * 6)
+
+
+def test_images_that_come_alone_cannot_be_mixed(tree) -> None:
+    data = opened(tree, "train", mixup=0.2, batch_size=2, micro_batch_size=1)
+    data.trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
+    with pytest.raises(SharedError, match="mix images that a device takes at once, but it takes 1"):
+        data.train_dataloader()
 
 
 def test_samples_and_mixing_travel_to_a_worker_that_is_started_anew(tree) -> None:

@@ -122,6 +122,19 @@ def test_a_stream_is_trained_on_and_scored_once() -> None:
     assert sum(1 for _ in data.val_dataloader()) == 9
 
 
+def test_a_stream_that_goes_on_with_other_readers_is_told(capsys) -> None:
+    data = build("data", SegmentationData, STREAMED, seed=0).opened("train", "val")
+    data.trainer = quiet(max_steps=1)
+    state = data.state_dict()
+    assert state == {"readers": {"processes": 1, "workers": 0, "micro_batch_size": 2}}
+    data.load_state_dict(state)
+    assert not capsys.readouterr().err
+    data.workers = 2
+    data.load_state_dict(state)
+    assert "follows from its readers (workers 0 then, 2 now): samples come in another order" in capsys.readouterr().err
+    assert build("data", SegmentationData, TOY, seed=0).opened("train").state_dict() == {}
+
+
 def test_rare_classes_come_more_often_in_the_batches() -> None:
     def signs(sampling: dict) -> int:
         data = build("data", SegmentationData, TOY | {"sampling": sampling, "crop_size": 200}).opened("train")
