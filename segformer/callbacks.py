@@ -310,8 +310,16 @@ class RunFacts(pl.Callback):
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams({"config": _brief(self.config), "run": facts})
+            except UserError:  # a service that is not there from the start is told before anything is trained
+                raise
             except Exception as error:  # as for pictures
                 warnings.warn(f"{type(logger).__name__} did not take the facts: {reason(error)}", stacklevel=2)
+
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            finish = getattr(getattr(logger, "experiment", None), "finish", None)
+            if finish is not None:  # W&B's, or the next run of a sweep would be written into this one
+                finish()
 
     def _write(self, facts: dict[str, Any]) -> None:
         before: dict[str, Any] = {}

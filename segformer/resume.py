@@ -212,10 +212,7 @@ def _with_secrets(saved: Any, given: Any, where: str = "") -> Any:
     if isinstance(saved, Mapping):
         found = given if isinstance(given, Mapping) else {}
         return {key: _with_secrets(value, found.get(key), f"{where}.{key}".lstrip(".")) for key, value in saved.items()}
-    if isinstance(saved, list):
-        same = isinstance(given, list) and len(given) == len(saved)
-        return [_with_secrets(*pair, where) for pair in zip(saved, given if same else [None] * len(saved), strict=True)]
-    if not isinstance(saved, str) or REDACTED not in saved:
+    if REDACTED not in str(saved):  # of a list, too, whose items cannot be given one by one
         return saved
     if given in (None, "???"):
         raise UserError(f"{where} holds a secret, which a run folder does not keep: give ++{where}=... again")

@@ -209,7 +209,6 @@ def test_tensorboard_and_wandb_get_pictures_numbers_and_facts_and_no_secret(tmp_
         WandbLogger(project="x", save_dir=run, offline=True, settings=settings),
     ]
     watched(run, SECRETS, both)
-    both[1].experiment.finish()
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert events.Tags()["images"] == [f"previews/{index}" for index in range(4)]

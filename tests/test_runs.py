@@ -46,7 +46,7 @@ def test_a_broken_run_goes_on_as_if_unbroken(here, run, cut, resumes_at) -> None
     assert torch.load(broken / "last.ckpt", weights_only=True)["global_step"] == resumes_at
     saved = yaml.safe_load((broken / "config.yaml").read_text())
     saved["logger"] = {}
-    (broken / "config.yaml").write_text(yaml.safe_dump(saved))
+    (broken / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
 
     code, out, err = run(train, f"resume={broken}")
     assert code == 0, err
@@ -188,7 +188,7 @@ def test_a_run_of_an_older_version_or_without_its_best_goes_on(here, run) -> Non
     folder = only_run(here)
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     del saved["task"], saved["trainer"]["keep_last"], saved["trainer"]["ema_decay"], saved["trainer"]["patience"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
     (folder / "best.ckpt").unlink()
     code, out, err = run(train, f"resume={folder}", "trainer.max_time=null")
     assert code == 0, err

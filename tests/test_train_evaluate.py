@@ -248,9 +248,11 @@ def test_a_folder_in_hugging_face_layout_is_scored_with_data(here, run) -> None:
 
 
 def test_several_loggers_by_name(here, run) -> None:
-    code, _, err = run(train, *SMALL, "trainer.max_steps=2", "logger=[tensorboard,wandb,mlflow]")
-    assert code == 0, err
-    assert {"metrics.csv", "tensorboard", "wandb", "mlflow.db"} <= {path.name for path in only_run(here).iterdir()}
+    for folder in ("one", "two"):  # the second, as of a sweep in one process, does not log into the first
+        options = ["trainer.max_steps=2", "logger=[tensorboard,wandb,mlflow]", f"hydra.run.dir={folder}"]
+        code, _, err = run(train, *SMALL, *options)
+        assert code == 0, err
+        assert {"metrics.csv", "tensorboard", "wandb", "mlflow.db"} <= {path.name for path in (here / folder).iterdir()}
 
 
 def test_debug_runs_two_steps_and_writes_nothing(here, run) -> None:
