@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 REDACTED = "<redacted>"
-SHORTEST = 6  # characters of a secret that is looked for inside other text: shorter ones are also parts of words
+SHORTEST = 8  # characters of a secret that is looked for inside other text: shorter ones are also parts of words
 _SECRET = re.compile(
     r"\w*(token|secrets?|passwords?|passwd|passphrase|apikeys?)|key|pwd|pass|credentials?|cookies?|bearer|"
     r"auth(entication|orization)?"

@@ -55,9 +55,9 @@ def test_a_bug_keeps_its_traceback_but_no_secret(capsys, monkeypatch) -> None:
 
 
 def test_a_sentence_shows_no_secret(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "logger.x.token=SE(CRET"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "logger.x.token=SE(CRETS"])
     with pytest.raises(SystemExit), explained():
-        raise UserError("no viable alternative at input 'SE(CRET', https://me:abc@host/x")
+        raise UserError("no viable alternative at input 'SE(CRETS', https://me:abc@host/x")
     assert capsys.readouterr().err == "error: no viable alternative at input '<redacted>', https://<redacted>@host/x\n"
 
 
