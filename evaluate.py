@@ -26,7 +26,7 @@ def main(settings: DictConfig) -> float:
 def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     from lightning.pytorch import Trainer  # not above: --help and a misspelt key need no torch
 
-    from segformer import callbacks, checkpoints, files, report, states
+    from segformer import callbacks, checkpoints, files, launch, report, states
     from segformer.data import check, datamodule
     from segformer.inference import Protocol
     from segformer.model import SegformerForSemanticSegmentation
@@ -45,6 +45,7 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float:
     own = {"callbacks": [callbacks.Progress(1)], "logger": False, "use_distributed_sampler": False}
     trainer = build("trainer", Trainer, options, **own)
     trainer.validate(task, data, verbose=False)
+    launch.disconnect()
     if trainer.is_global_zero:
         name = own_data or trained["choices"]["data"]
         facts = {"checkpoint": str(source), "data": name, "precision": options["precision"]}

@@ -52,6 +52,17 @@ def outlast() -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
+def disconnect() -> None:
+    """Ends the connection to the other processes when all is done: its threads must not outlive the interpreter.
+
+    Lightning does so for NCCL; a process on CPUs would now and then abort after its last line.
+    """
+    import torch.distributed as dist  # not above: a misspelt key needs no torch
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def tidy(folder: str) -> Iterator[None]:
     """A command that stops before it writes anything leaves no empty folder behind, nor its two empty parents.

@@ -18,7 +18,7 @@ from segformer.checkpoints import Pretrained, load_checkpoint
 from segformer.data.loaders import Loaders
 from segformer.errors import SharedError, UserError
 from segformer.files import absolute
-from segformer.launch import process
+from segformer.launch import disconnect, process
 from segformer.secrets import REDACTED, redacted
 from segformer.states import BestCheckpoint, last_checkpoints
 
@@ -115,7 +115,8 @@ def opening_words(trainer: pl.Trainer, run: Path, origin: Path | str, *lines: st
 
 
 def closing_words(trainer: pl.Trainer, best: BestCheckpoint) -> float:
-    """Prints the best checkpoint and the command that evaluates it; returns its score."""
+    """Prints the best checkpoint and the command that evaluates it, when all processes are done; returns its score."""
+    disconnect()
     unwritten = getattr(trainer.strategy.checkpoint_io, "unwritten", {})
     if unwritten:
         raise UserError("; ".join(unwritten.values()))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import build
 from segformer.inference import Protocol
+from segformer.launch import disconnect
 from segformer.task import SegmentationTask
 from tests.conftest import TOY, randomize, small
 from tests.test_task import PROCESSES, Record, quiet, trained
@@ -47,5 +48,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     found = {"scores": {number: scored(int(number)) for number in scenes.split(",")}}
     found["losses"], found["weights"] = losses(int(steps)) if int(steps) else ([], [])
+    disconnect()
     if int(os.environ.get("RANK", "0")) == 0:
         Path(out).write_text(json.dumps(found))
