@@ -4,11 +4,19 @@ Pixels are summed over the whole dataset and divided once, as mmsegmentation and
 (`torchmetrics.segmentation.MeanIoU`) is another number.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from segformer.errors import UserError
+from segformer.files import reason
+
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # (N, K) int64 pixels of each image: hit, labelled, predicted
+VERSION = 1  # of the scores of images as they are written
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -51,7 +59,7 @@ class Scores:
         """confusion: (K, K) integer counts, row = label, column = prediction."""
         matrix = confusion.cpu().numpy()
         hits, labelled, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
-        iou = _ratio(hits, labelled + predicted - hits)
+        iou = iou_of(hits, labelled, predicted)
         acc = _ratio(hits, labelled)
         dice = _ratio(2 * hits, labelled + predicted)
         total = labelled.sum()
@@ -60,8 +68,106 @@ class Scores:
         return cls(_mean(iou), _mean(acc), aacc, fwiou, _mean(dice), iou, acc, dice, labelled)
 
 
+class Tally:
+    """The confusion matrix of each image, of which only the cells that are not zero are kept.
+
+    Integers, in order of the images' names: neither the order in which images arrive nor the number of processes that
+    score them leaves a trace.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.cells: dict[str, np.ndarray] = {}  # name -> (n, 3) int64: label, prediction, pixels
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.cells)
+
+    def add(self, name: str, matrix: Tensor | np.ndarray) -> None:
+        """matrix: (K, K) integer counts of the image, row = label, column = prediction.
+
+        Raises:
+            UserError: an image of this name was added before.
+        """
+        if name in self.cells:
+            raise UserError(f"two images are called {name!r}, expected a name of its own for each: rename one of them")
+        counts = matrix.cpu().numpy() if isinstance(matrix, Tensor) else matrix
+        label, prediction = np.nonzero(counts)
+        self.cells[name] = np.stack([label, prediction, counts[label, prediction]], axis=1).astype(np.int64)
+
+    def merged(self, others: Iterable["Tally"]) -> "Tally":
+        """With the images of others, as those of other processes."""
+        whole = Tally(self.classes)
+        for tally in (self, *others):
+            if tally.classes != self.classes:
+                raise UserError(f"one part has {self.classes} classes, another {tally.classes}: expected the same")
+            for name in whole.cells.keys() & tally.cells.keys():
+                raise UserError(f"image {name!r} was scored twice, expected each image once")
+            whole.cells |= tally.cells
+        return whole
+
+    def confusion(self) -> np.ndarray:
+        """(K, K) int64 of all images."""
+        matrix = np.zeros((self.classes, self.classes), np.int64)
+        for cells in self.cells.values():
+            matrix[cells[:, 0], cells[:, 1]] += cells[:, 2]
+        return matrix
+
+    def parts(self) -> Parts:
+        """Of each image in order of `names` and each class the pixels hit, labelled and predicted."""
+        hits, labelled, predicted = np.zeros((3, len(self), self.classes), np.int64)
+        for index, name in enumerate(self.names):
+            label, prediction, pixels = self.cells[name].T
+            right = label == prediction
+            hits[index, label[right]] = pixels[right]
+            np.add.at(labelled[index], label, pixels)
+            np.add.at(predicted[index], prediction, pixels)
+        return hits, labelled, predicted
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: {"version", "classes", "images": [[name, [[label, prediction, pixels], ...]], ...]}."""
+        images = [[name, self.cells[name].tolist()] for name in self.names]
+        return {"version": VERSION, "classes": self.classes, "images": images}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Tally":
+        """What `to_json` made.
+
+        Raises:
+            UserError: it is of another version, or damaged.
+        """
+        if values.get("version") != VERSION:
+            raise UserError(f"scores of images are of version {values.get('version')!r}, expected {VERSION}")
+        try:
+            tally = cls(int(values["classes"]))
+            for name, cells in values["images"]:
+                found = np.array(cells, np.int64).reshape(-1, 3)
+                if found.size and (found.min() < 0 or found[:, :2].max() >= tally.classes):
+                    raise ValueError(name)
+                if name in tally.cells:
+                    raise ValueError(name)
+                tally.cells[str(name)] = found
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"scores of images are damaged ({reason(error)}): evaluate again") from error
+        return tally
+
+
+def iou_of(hits: np.ndarray, labelled: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Intersection over union of pixel counts of any shape; NaN where a class is in neither labels nor predictions."""
+    return _ratio(hits, labelled + predicted - hits)
+
+
+def mean_of(values: np.ndarray) -> np.ndarray:
+    """(..., K) -> (...): the mean over the classes that are not NaN; NaN where all are."""
+    present = ~np.isnan(values)
+    return _ratio(np.where(present, values, 0).sum(axis=-1), present.sum(axis=-1))
+
+
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
 
 def _mean(values: np.ndarray) -> float:

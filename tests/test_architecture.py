@@ -15,6 +15,7 @@ LEVELS = (
     {"errors"},
     {"pixels", "labels", "files", "outputs", "bilinear"},
     {"config", "metrics", "optim", "losses"},
+    {"bootstrap", "boundary"},
     {"namings"},
     {"checkpoints"},
     {"base"},

@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from segformer.metrics import Scores, confusion_matrix
+from segformer.errors import UserError
+from segformer.metrics import Scores, Tally, confusion_matrix, iou_of, mean_of
 
 
 def literal(prediction: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
@@ -52,3 +55,74 @@ def test_miou_equals_torchmetrics() -> None:
 def test_nothing_labelled_gives_nan_not_an_error() -> None:
     scores = Scores.from_confusion(torch.zeros(3, 3, dtype=torch.int64))
     assert all(np.isnan(value) for value in (scores.miou, scores.macc, scores.aacc, scores.fwiou, scores.mdice))
+
+
+def matrices(count: int, classes: int = 6) -> dict[str, np.ndarray]:
+    """Sparse ones; the last class occurs nowhere, the second image is all ignored."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for index in range(count):
+        matrix = rng.integers(0, 9, (classes, classes)) * (rng.random((classes, classes)) < 0.3) * (index != 1)
+        matrix[-1] = matrix[:, -1] = 0
+        found[f"{index % 3}/{index}.png"] = matrix
+    return found
+
+
+def test_images_add_up_to_the_matrix_in_whatever_order_and_by_however_many_processes() -> None:
+    found = matrices(20)
+    one = Tally(6)
+    for name, matrix in found.items():
+        one.add(name, torch.from_numpy(matrix))
+    parts = [Tally(6) for _ in range(3)]
+    for index, name in enumerate(reversed(found)):
+        parts[index % 3].add(name, found[name])
+    together = parts[2].merged(parts[:2])
+    np.testing.assert_array_equal(one.confusion(), sum(found.values()))
+    np.testing.assert_array_equal(together.confusion(), one.confusion())
+    assert len(together) == 20 and together.to_json() == one.to_json()
+    for ours, theirs in zip(together.parts(), one.parts(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_parts_of_each_image_are_its_matrix_sums() -> None:
+    found, tally = matrices(5), Tally(6)
+    for name, matrix in found.items():
+        tally.add(name, matrix)
+    hits, labelled, predicted = tally.parts()
+    for index, name in enumerate(tally.names):
+        np.testing.assert_array_equal(hits[index], np.diag(found[name]))
+        np.testing.assert_array_equal(labelled[index], found[name].sum(axis=1))
+        np.testing.assert_array_equal(predicted[index], found[name].sum(axis=0))
+    scores = Scores.from_confusion(torch.from_numpy(tally.confusion()))
+    sums = [part.sum(axis=0) for part in (hits, labelled, predicted)]
+    np.testing.assert_array_equal(iou_of(*sums), scores.iou)
+    assert mean_of(iou_of(*sums)) == pytest.approx(scores.miou, abs=1e-15)
+
+
+def test_an_image_that_is_counted_twice_is_refused() -> None:
+    tally, other = Tally(2), Tally(2)
+    tally.add("a", np.eye(2, dtype=int))
+    other.add("a", np.eye(2, dtype=int))
+    with pytest.raises(UserError, match="two images are called 'a'"):
+        tally.add("a", np.eye(2, dtype=int))
+    with pytest.raises(UserError, match="image 'a' was scored twice"):
+        tally.merged([other])
+    with pytest.raises(UserError, match="one part has 2 classes, another 3"):
+        tally.merged([Tally(3)])
+
+
+def test_written_scores_of_images_are_read_back_or_told_to_be_damaged() -> None:
+    tally = Tally(300)
+    matrix = np.zeros((300, 300), int)
+    matrix[299, 7] = 10**10
+    tally.add("ü <script>.png", matrix)
+    tally.add("all ignored", np.zeros((300, 300), int))
+    text = json.dumps(tally.to_json())
+    again = Tally.from_json(json.loads(text))
+    assert again.to_json() == tally.to_json() and again.confusion()[299, 7] == 10**10 and len(again) == 2
+    with pytest.raises(UserError, match="are of version 2, expected 1"):
+        Tally.from_json({"version": 2})
+    cells = ([["a", [[1, 2]]]], [["a", [[300, 0, 1]]]], [["a", []]] * 2, 3)
+    for harm in ({"images": images} for images in cells):
+        with pytest.raises(UserError, match="scores of images are damaged .*: evaluate again"):
+            Tally.from_json(tally.to_json() | harm)
