@@ -39,7 +39,10 @@ class Scores:
 
     miou: mean IoU over the classes that occur in labels or predictions. macc: mean recall over those that occur in
     labels. aacc: share of right pixels. fwiou: IoU weighted by label frequency. mdice: mean of 2I / (label +
-    prediction) over the classes of miou. iou, acc, dice: (K,) float64. pixels: (K,) int64 label pixels.
+    prediction), which is F1, and mprecision: mean of I / prediction, both over the classes of miou: one that is
+    labelled but never predicted counts as 0, as it does for miou. (mmsegmentation's mPrecision and mFscore leave it out
+    and come out higher the more classes a model misses altogether.) iou, acc (recall), precision, dice: (K,) float64.
+    pixels, predicted: (K,) int64 pixels of labels and of predictions; what is ignored counts in neither.
 
     Source: mmsegmentation's IoUMetric, whose nanmean leaves absent classes out.
     """
@@ -49,10 +52,13 @@ class Scores:
     aacc: float
     fwiou: float
     mdice: float
+    mprecision: float
     iou: np.ndarray
     acc: np.ndarray
+    precision: np.ndarray
     dice: np.ndarray
     pixels: np.ndarray
+    predicted: np.ndarray
 
     @classmethod
     def from_confusion(cls, confusion: Tensor) -> "Scores":
@@ -61,11 +67,23 @@ class Scores:
         hits, labelled, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
         iou = iou_of(hits, labelled, predicted)
         acc = _ratio(hits, labelled)
+        precision = np.where((labelled > 0) & (predicted == 0), 0.0, _ratio(hits, predicted))
         dice = _ratio(2 * hits, labelled + predicted)
         total = labelled.sum()
-        fwiou = float((np.nan_to_num(iou) * labelled).sum() / total) if total else float("nan")
-        aacc = float(hits.sum() / total) if total else float("nan")
-        return cls(_mean(iou), _mean(acc), aacc, fwiou, _mean(dice), iou, acc, dice, labelled)
+        return cls(
+            miou=float(mean_of(iou)),
+            macc=float(mean_of(acc)),
+            aacc=float(_ratio(hits.sum(), total)),
+            fwiou=float(_ratio((np.nan_to_num(iou) * labelled).sum(), total)),
+            mdice=float(mean_of(dice)),
+            mprecision=float(mean_of(precision)),
+            iou=iou,
+            acc=acc,
+            precision=precision,
+            dice=dice,
+            pixels=labelled,
+            predicted=predicted,
+        )
 
 
 class Tally:
@@ -168,8 +186,3 @@ def mean_of(values: np.ndarray) -> np.ndarray:
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
-
-
-def _mean(values: np.ndarray) -> float:
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if len(present) else float("nan")

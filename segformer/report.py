@@ -15,7 +15,14 @@ from segformer.files import write_atomically
 from segformer.inference import Protocol
 from segformer.metrics import Scores
 
-_HEADLINE = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "fwiou": "fwIoU", "mdice": "mDice"}
+_HEADLINE = {
+    "miou": "mIoU",
+    "macc": "mAcc",
+    "aacc": "aAcc",
+    "fwiou": "fwIoU",
+    "mdice": "mDice",
+    "mprecision": "mPrecision",
+}
 
 
 def write_report(
@@ -33,8 +40,10 @@ def write_report(
                 "name": name,
                 "iou": _number(scores.iou[index]),
                 "acc": _number(scores.acc[index]),
+                "precision": _number(scores.precision[index]),
                 "dice": _number(scores.dice[index]),
                 "pixels": int(scores.pixels[index]),
+                "predicted_pixels": int(scores.predicted[index]),
             }
             for index, name in enumerate(names)
         ],
@@ -74,10 +83,8 @@ def describe(protocol: Protocol) -> str:
 
 def _markdown(report: Mapping[str, Any]) -> str:
     rows = [
-        "| "
-        + " | ".join(
-            [_cell(row["name"]), *map(_percent, (row["iou"], row["acc"], row["dice"])), f"{row['pixels']:,} |"]
-        )
+        f"| {_cell(row['name'])} | {' | '.join(_percent(row[key]) for key in ('iou', 'acc', 'precision', 'dice'))} "
+        f"| {row['pixels']:,} | {row['predicted_pixels']:,} |"
         for row in report["per_class"]
     ]
     settings = report["protocol"]
@@ -89,11 +96,12 @@ def _markdown(report: Mapping[str, Any]) -> str:
         f"{_counted(report)}; {describe(Protocol(**settings))}; precision {report.get('precision', 'unknown')}.",
         f"Checkpoint: `{report.get('checkpoint', 'unknown')}`.",
         "",
-        "| class | IoU | Acc | Dice | pixels |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| class | IoU | Acc | Precision | Dice | pixels | predicted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
         "",
-        "Percent; pixels summed over all images, then divided; a class that occurs nowhere (-) is not in the means.",
+        "Percent; pixels summed over all images, then divided. A class that occurs nowhere (-) is not in the means; "
+        "one that is labelled but never predicted counts as 0.",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".",
         "",
     ]

@@ -35,6 +35,8 @@ def test_scores_by_hand_with_an_absent_a_missed_and_an_invented_class() -> None:
     np.testing.assert_allclose(scores.iou, [6 / 10, 0, 0, np.nan])
     np.testing.assert_allclose(scores.acc, [6 / 8, 0, np.nan, np.nan])
     np.testing.assert_allclose(scores.dice, [12 / 16, 0, 0, np.nan])
+    np.testing.assert_allclose(scores.precision, [6 / 8, 0, 0, np.nan])  # mmsegmentation: the second is NaN
+    assert scores.mprecision == pytest.approx(0.25) and scores.predicted.tolist() == [8, 0, 2, 0]
     assert scores.miou == pytest.approx(0.6 / 3)
     assert scores.macc == pytest.approx(0.375)
     assert scores.mdice == pytest.approx(0.25)
@@ -126,3 +128,60 @@ def test_written_scores_of_images_are_read_back_or_told_to_be_damaged() -> None:
     for harm in ({"images": images} for images in cells):
         with pytest.raises(UserError, match="scores of images are damaged .*: evaluate again"):
             Tally.from_json(tally.to_json() | harm)
+
+
+def mmsegmentation(predictions: list[np.ndarray], labels: list[np.ndarray], classes: int) -> dict[str, float | list]:
+    """Its IoUMetric, restated: three histograms an image, summed, divided once, means by nanmean."""
+    sums = np.zeros((3, classes))
+    edges = np.arange(classes + 1) - 0.5
+    for whole_prediction, whole_label in zip(predictions, labels, strict=True):
+        prediction, label = whole_prediction[whole_label != 255], whole_label[whole_label != 255]
+        sums += [np.histogram(values, edges)[0] for values in (prediction[prediction == label], prediction, label)]
+    both, found, expected = sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou, acc, dice = both / (found + expected - both), both / expected, 2 * both / (found + expected)
+        means = [np.nanmean(values) if not np.isnan(values).all() else np.nan for values in (iou, acc, dice)]
+        aacc = both.sum() / expected.sum()
+    return {
+        "iou": iou,
+        "acc": acc,
+        "dice": dice,
+        **dict(zip(("miou", "macc", "mdice"), means, strict=True)),
+        "aacc": aacc,
+    }
+
+
+CASES = ("random", "absent", "predicted only", "never predicted", "all ignored", "one image ignored", "one class")
+
+
+def case(name: str, classes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    rng = np.random.default_rng(1)
+    labels = [rng.integers(0, classes, (23, 31)) for _ in range(4)]
+    predictions = [np.where(rng.random((23, 31)) < 0.6, label, rng.integers(0, classes, (23, 31))) for label in labels]
+    for number, (prediction, label) in enumerate(zip(predictions, labels, strict=True)):
+        label[rng.random(label.shape) < 0.1] = 255
+        if name in ("absent", "predicted only"):
+            label[label == 1] = 0
+        if name in ("absent", "never predicted"):
+            prediction[prediction == 1] = 0
+        if name == "all ignored" or (name == "one image ignored" and number == 2):
+            label[:] = 255
+        if name == "one class":
+            label[label != 255] = 2
+    return [prediction.astype(np.uint8) for prediction in predictions], [label.astype(np.uint8) for label in labels]
+
+
+@pytest.mark.parametrize("classes", [3, 19, 150])
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_mmsegmentations_whatever_is_absent_missed_or_ignored(name, classes) -> None:
+    predictions, labels = case(name, classes)
+    tally = Tally(classes)
+    for index, (prediction, label) in enumerate(zip(predictions, labels, strict=True)):
+        tally.add(str(index), confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(label), classes))
+    scores = Scores.from_confusion(torch.from_numpy(tally.confusion()))
+    for key, expected in mmsegmentation(predictions, labels, classes).items():
+        np.testing.assert_allclose(getattr(scores, key), expected, rtol=1e-12, equal_nan=True, err_msg=key)
+    jaccard = MulticlassJaccardIndex(classes, average="macro", ignore_index=255)
+    for prediction, label in zip(predictions, labels, strict=True):
+        jaccard.update(torch.from_numpy(prediction).long(), torch.from_numpy(label).long())
+    np.testing.assert_allclose(jaccard.compute().item(), scores.miou, rtol=1e-6, equal_nan=True)

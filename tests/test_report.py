@@ -15,15 +15,17 @@ def test_absent_classes_are_null_in_json_and_a_dash_in_markdown(tmp_path, capsys
         tmp_path, scores, ("road", "a|b <c>", "absent"), 2, protocol, {"data": "toy", "precision": "32"}
     )
     report = json.loads(path.read_text())
-    assert report["per_class"][2] == {"name": "absent", "iou": None, "acc": None, "dice": None, "pixels": 0}
-    assert report["per_class"][0] == {"name": "road", "iou": 0.75, "acc": 0.75, "dice": 6 / 7, "pixels": 4}
+    shares = dict.fromkeys(("iou", "acc", "precision", "dice"))
+    assert report["per_class"][2] == {"name": "absent", **shares, "pixels": 0, "predicted_pixels": 0}
+    road = {"iou": 0.75, "acc": 0.75, "precision": 1.0, "dice": 6 / 7, "pixels": 4, "predicted_pixels": 3}
+    assert report["per_class"][0] == {"name": "road", **road}
     assert report["miou"] == (0.75 + 0.8) / 2 and report["aacc"] == 7 / 8 and report["images"] == 2
     assert report["protocol"] == {"size": [2048, 512], "align": 32, "window": None, "stride": None}
     page = path.with_suffix(".md").read_text()
     assert "# mIoU 77.50 on toy" in page
-    assert "| road | 75.00 | 75.00 | 85.71 | 4 |" in page
+    assert "| road | 75.00 | 75.00 | 100.00 | 85.71 | 4 | 3 |" in page
     assert r"| a\|b \<c\> | 80.00" in page  # nothing a name holds ends a cell or becomes markup
-    assert "| absent | - | - | - | 0 |" in page
+    assert "| absent | - | - | - | - | 0 | 0 |" in page
     assert capsys.readouterr().out.strip().endswith("report.json")
 
 

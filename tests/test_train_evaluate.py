@@ -44,6 +44,7 @@ def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
         "aacc",
         "fwiou",
         "mdice",
+        "mprecision",
         "per_class",
         "images",
         "protocol",
@@ -51,7 +52,7 @@ def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
         "versions",
     } <= report.keys()
     assert [row["name"] for row in report["per_class"]][:2] == ["sky", "building"]
-    assert set(report["per_class"][0]) == {"name", "iou", "acc", "dice", "pixels"}
+    assert set(report["per_class"][0]) == {"name", "iou", "acc", "precision", "dice", "pixels", "predicted_pixels"}
     assert path.with_suffix(".md").read_text().startswith("# mIoU ")
     assert path.parent.parent.name == "b0_toy" and path.parent.parent.parent.name == "reports"
 
