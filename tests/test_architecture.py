@@ -14,7 +14,7 @@ LEVELS = (
     {"launch", "secrets"},
     {"errors"},
     {"pixels", "labels", "files", "outputs", "bilinear"},
-    {"config", "metrics", "optim", "losses"},
+    {"config", "metrics", "optim", "losses", "cityscapes"},
     {"bootstrap", "boundary"},
     {"namings"},
     {"checkpoints"},

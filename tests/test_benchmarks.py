@@ -76,3 +76,13 @@ def test_a_training_loop_is_compared_with_transformers_and_with_a_bare_one(tmp_p
     assert [line["data"] for line in found["Trainer"]] == ["toy", "camvid"]
     # the same network, batches and draws: both loops end at the same weights, bit for bit
     assert [line["largest difference of a weight"] for line in found["Trainer"]] == [0, 0]
+
+
+def test_the_update_of_the_confusion_matrix_is_compared_and_counts_the_same(tmp_path) -> None:
+    target = tmp_path / "figures.json"
+    command = f"benchmarks/evaluation.py --scale 0.1 --rounds 1 --device cpu --json {target}"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(target.read_text())["confusion"]
+    assert [(row["classes"], row["size"]) for row in rows] == [(150, "51 x 68"), (19, "102 x 205")]
+    assert all(0.1 < row["mIoU"] < 0.95 and row["ratio"]["min"] > 0 for row in rows)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from segformer import metrics
 from segformer.errors import UserError
 from segformer.metrics import Scores, Tally, confusion_matrix, iou_of, mean_of
 
@@ -26,6 +27,16 @@ def test_counts_equal_a_loop_over_pixels(classes) -> None:
     found = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(label), classes)
     assert found.dtype == torch.int64
     np.testing.assert_array_equal(found.numpy(), literal(prediction, label, classes))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int64])
+def test_every_type_of_integers_is_counted_alike_and_parts_add_up(kind, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    prediction, label = rng.integers(0, 9, (2, 31, 17)), rng.integers(0, 9, (2, 31, 17))
+    label[:, :4] = 255
+    monkeypatch.setattr(metrics, "EXACT", 100)
+    found = confusion_matrix(torch.from_numpy(prediction).to(kind), torch.from_numpy(label).to(kind), 9)
+    np.testing.assert_array_equal(found.numpy(), literal(prediction, label, 9))
 
 
 def test_scores_by_hand_with_an_absent_a_missed_and_an_invented_class() -> None:
