@@ -39,7 +39,8 @@ def corrupt(image: np.ndarray, corruption: str, severity: int, seed: int = 0, na
     global generator, which the package draws from, is left as it was (so not from two threads at once).
     name: what to call the image in errors. Raises UserError for anything else, or without the package.
     """
-    function = _functions()[_checked(corruption, severity)]
+    known = _checked(corruption, severity)
+    function = _functions()[known]
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise UserError(
             f"{name} is {image.dtype} of {image.shape}, expected uint8 RGB (H, W, 3): only such images can be corrupted"
