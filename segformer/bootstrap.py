@@ -86,9 +86,9 @@ def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 def _ends(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the middle `level` of the resamples, which lie along the first axis; NaN where all of them are."""
-    known = np.where(np.isnan(values).all(axis=0), 0, values)  # numpy warns of columns that are all NaN
-    low, high = np.nanpercentile(known, [50 * (1 - level), 50 * (1 + level)], axis=0)
     absent = np.isnan(values).all(axis=0)
+    known = np.where(absent, 0, values)  # numpy warns of columns that are all NaN
+    low, high = np.nanpercentile(known, [50 * (1 - level), 50 * (1 + level)], axis=0)
     return np.where(absent, np.nan, low), np.where(absent, np.nan, high)
 
 
