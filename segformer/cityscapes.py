@@ -18,7 +18,8 @@ _ONE = 2**64  # shares of an instance are whole numbers of 1 / _ONE: such sums a
 def category_iou(confusion: np.ndarray, categories: Sequence[str]) -> dict[str, float]:
     """IoU, 0..1, of each category, in order of first use; confusion inside a category is forgiven. NaN where absent.
 
-    confusion: (K, K) counts, row = label, column = prediction. categories: the category of each of the K classes.
+    confusion: (K, K + 1) counts, row = label, column = prediction, the last one of no class; (K, K) has no such ones.
+    categories: the category of each of the K classes.
     """
     scores = {}
     for category, inside in _members(categories).items():
@@ -34,7 +35,7 @@ def mean_score(scores: Mapping[str, float]) -> float:
 
 
 class InstanceCounts:
-    """What category IoU and iIoU need, summed over images; nothing but integers, so equal in any order of images.
+    """What iIoU needs beside the confusion matrix, summed over images; integers, so equal in any order of images.
 
     iIoU = iTP / (iTP + FP + iFN): the right and the missed pixels of an instance are scaled to the mean size of its
     class, false positives are not. In a category's iIoU a pixel is right if its category is.
@@ -43,8 +44,8 @@ class InstanceCounts:
     an instance, for the classes that have them: instances of other label ids (Cityscapes: caravan, trailer) do not
     count, and a category has an iIoU if all its classes have a size. ids: label id of each class with a size.
 
-    confusion: (K, K) int64. shares: (K, 3) whole numbers of any size: instances; sum of the share of each that is
-    predicted as its class, and as its category, both in units of 2^-64 (each share rounded down to one).
+    shares: (K, 3) whole numbers of any size: instances; sum of the share of each that is predicted as its class, and
+    as its category, both in units of 2^-64 (each share rounded down to one).
     """
 
     def __init__(
@@ -58,39 +59,27 @@ class InstanceCounts:
         self.names = tuple(names)
         self.categories = tuple(categories[name] for name in names)
         self.sizes = {self.names.index(name): float(size) for name, size in instance_sizes.items()}
-        self.confusion = np.zeros((len(names), len(names)), np.int64)
         self.shares = np.zeros((len(names), 3), object)
         self._classes = {ids[self.names[index]]: index for index in self.sizes}
-        self._category = np.unique(self.categories, return_inverse=True)[1]
+        self._category = np.append(np.unique(self.categories, return_inverse=True)[1], -1)  # the last: of no class
 
-    def add(self, prediction: np.ndarray, label: np.ndarray, instances: np.ndarray) -> None:
-        """Counts one image. prediction: train ids 0..K-1. label: uint8 train ids, 255 = ignore. All (H, W).
+    def add(self, prediction: np.ndarray, instances: np.ndarray) -> None:
+        """Counts one image. prediction: (H, W) train ids 0..K-1, K or above = no class.
 
-        instances: uint16, labelId * 1000 + n for an instance; other values up to 1000 (groups: the label id) are none.
-        It alone decides what an instance is: its pixels count even where the label is ignored.
+        instances: (H, W) uint16, labelId * 1000 + n for an instance; other values up to 1000 (groups: the label id) are
+        none. It alone decides what an instance is: its pixels count even where the label is ignored.
         """
-        classes = len(self.names)
-        if not prediction.shape == label.shape == instances.shape:
+        if prediction.shape != instances.shape:
             raise UserError(
-                f"prediction, label and instance map are {prediction.shape}, {label.shape} and {instances.shape}, "
-                "expected equal (height, width): give the files of one image"
+                f"prediction and instance map are {prediction.shape} and {instances.shape}, expected equal (height, "
+                "width): give the files of one image"
             )
         if instances.dtype != np.uint16:
             raise UserError(
                 f"the instance map is {instances.dtype}, expected uint16: give the 16-bit *_instanceIds.png"
             )
-        if prediction.max(initial=0) >= classes:
-            raise UserError(
-                f"the prediction holds {prediction.max()}, expected train ids 0 to {classes - 1}: map label ids to them"
-            )
-        key = label.astype(np.int64) * classes + prediction  # ignored labels lie beyond the last row
-        counts = np.bincount(key.ravel(), minlength=classes**2)[: classes**2]
-        self.confusion += counts.reshape(classes, classes)
-        self._add_instances(prediction, instances)
-
-    def _add_instances(self, prediction: np.ndarray, instances: np.ndarray) -> None:
         inside = instances > _INSTANCE
-        found, values = prediction[inside], instances[inside]
+        found, values = np.minimum(prediction[inside], len(self.names)), instances[inside]
         for value in np.flatnonzero(np.bincount(values)):
             index = self._classes.get(int(value) // _INSTANCE)
             if index is None:
@@ -102,32 +91,28 @@ class InstanceCounts:
 
     def merged(self, others: Iterable["InstanceCounts"]) -> "InstanceCounts":
         """The counts of these images and of the others' (same classes), in whatever order; changes none of them."""
-        parts = [self, *others]
         total = copy.copy(self)
-        total.confusion = np.sum([part.confusion for part in parts], axis=0)
-        total.shares = np.sum([part.shares for part in parts], axis=0)
+        total.shares = np.sum([part.shares for part in (self, *others)], axis=0)
         return total
 
-    @property
-    def class_iiou(self) -> dict[str, float]:
-        """iIoU, 0..1, of each class that has instances; NaN where it is neither labelled as such nor predicted."""
-        return {self.names[index]: self._iiou([index], share=1) for index in sorted(self.sizes)}
+    def class_iiou(self, confusion: np.ndarray) -> dict[str, float]:
+        """iIoU, 0..1, of each class that has instances; NaN where it is neither labelled as such nor predicted.
 
-    @property
-    def category_iou(self) -> dict[str, float]:
-        """IoU, 0..1, of each category; NaN where absent."""
-        return category_iou(self.confusion, self.categories)
+        confusion: counts of the same images as `category_iou` takes them.
+        """
+        return {self.names[index]: self._iiou(confusion, [index], share=1) for index in sorted(self.sizes)}
 
-    @property
-    def category_iiou(self) -> dict[str, float]:
+    def category_iiou(self, confusion: np.ndarray) -> dict[str, float]:
         """iIoU, 0..1, of each category all of whose classes have instances; NaN where absent."""
         members = _members(self.categories).items()
-        return {name: self._iiou(inside, share=2) for name, inside in members if self.sizes.keys() >= set(inside)}
+        return {
+            name: self._iiou(confusion, inside, share=2) for name, inside in members if self.sizes.keys() >= set(inside)
+        }
 
-    def _iiou(self, inside: list[int], share: int) -> float:
+    def _iiou(self, confusion: np.ndarray, inside: list[int], share: int) -> float:
         hits = sum(self.sizes[index] * (self.shares[index, share] / _ONE) for index in inside)
         whole = sum(self.sizes[index] * self.shares[index, 0] for index in inside)
-        wrong = self.confusion[:, inside].sum() - self.confusion[np.ix_(inside, inside)].sum()
+        wrong = confusion[:, inside].sum() - confusion[np.ix_(inside, inside)].sum()
         return _share(hits, whole + float(wrong))
 
 

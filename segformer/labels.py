@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,12 +26,15 @@ class Classes:
 
     names: K class names in train-id order. colors: (K, 3) uint8 RGB. lookup: int16 from raw mask value to train id, 255
     where ignored, -1 where the contract says nothing (which is an error when met in a mask); (65536,) where masks hold
-    ids, (2**24,) where they hold colours, whose value is 0xRRGGBB.
+    ids, (2**24,) where they hold colours, whose value is 0xRRGGBB. categories: of each class, where the dataset groups
+    them. instance_sizes: mean pixels of an instance, of the classes that have instances (Cityscapes' iIoU).
     """
 
     names: tuple[str, ...]
     colors: np.ndarray
     lookup: np.ndarray
+    categories: Mapping[str, str] = field(default_factory=dict)
+    instance_sizes: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_config(
@@ -42,6 +45,8 @@ class Classes:
         reduce_zero_label: bool = False,
     ) -> "Classes":
         """`classes` is a list of names (raw value = index) or {name: {color: [r, g, b], ids: [raw, ...]}}.
+
+        A class may also have a `category` (then every one has) and an `instance_size`.
 
         mask_values: what masks hold: "ids", or "colors", of which a class has its `color` or lists several `colors`.
         ignore: the raw values (or colours) that count as "no label", or "rest": every value not listed.
@@ -64,10 +69,11 @@ class Classes:
             elif "colors" in entry:
                 palette[index] = _color(f"data.classes.{name}.colors", next(iter(entry["colors"] or ()), None))
         names = tuple(entries)
+        groups = _groups(entries)
         if mask_values == "colors":
             if reduce_zero_label:
                 raise UserError("data.reduce_zero_label is for masks of ids, but data.mask_values is colors")
-            return cls(names, palette, _lookup(_COLORS, _colors_of(entries, palette), ignore, "color"))
+            return cls(names, palette, _lookup(_COLORS, _colors_of(entries, palette), ignore, "color"), *groups)
         if reduce_zero_label and any("ids" in entry for entry in entries.values()):
             raise UserError(
                 "data.reduce_zero_label counts from the place in the list: leave out the ids of data.classes"
@@ -78,7 +84,7 @@ class Classes:
         }
         if reduce_zero_label and ignore != "rest":
             ignore = [*_raw_ids("data.ignore", ignore), 0]
-        return cls(names, palette, _lookup(_RAW_VALUES, ids, ignore, "raw mask value"))
+        return cls(names, palette, _lookup(_RAW_VALUES, ids, ignore, "raw mask value"), *groups)
 
     @property
     def of_colors(self) -> bool:
@@ -248,8 +254,9 @@ def _entry(name: str, value: Any, mask_values: str) -> Mapping[str, Any]:
     entry = value or {}
     if not isinstance(entry, Mapping):
         raise UserError(f"data.classes.{name} is {entry!r}, expected {{color: [r, g, b], ids: [raw, ...]}}")
-    if unknown := set(entry) - {"color", "colors", "ids"}:
-        raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected color, colors or ids")
+    known = ("color", "colors", "ids", "category", "instance_size")
+    if unknown := set(entry) - set(known):
+        raise UserError(f"data.classes.{name} has the key {sorted(unknown)[0]!r}, expected one of {', '.join(known)}")
     other = "colors" if mask_values == "ids" else "ids"
     if other in entry:
         raise UserError(
@@ -257,6 +264,19 @@ def _entry(name: str, value: Any, mask_values: str) -> Mapping[str, Any]:
             f"or leave {other} out"
         )
     return entry
+
+
+def _groups(entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, float]]:
+    """The category of every class, or of none, and the instance sizes there are."""
+    categories = {name: str(entry["category"]) for name, entry in entries.items() if "category" in entry}
+    if categories and len(categories) < len(entries):
+        missing = next(name for name in entries if name not in categories)
+        raise UserError(f"data.classes.{missing} has no category, but other classes have: give each class one")
+    sizes = {name: entry["instance_size"] for name, entry in entries.items() if "instance_size" in entry}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < float("inf"):
+            raise UserError(f"data.classes.{name}.instance_size is {size!r}, expected mean pixels above 0")
+    return categories, sizes
 
 
 def _colors_of(entries: Mapping[str, Mapping[str, Any]], palette: np.ndarray) -> dict[str, list[int]]:

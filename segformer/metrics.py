@@ -75,10 +75,10 @@ class Scores:
     predicted: np.ndarray
 
     @classmethod
-    def from_confusion(cls, confusion: Tensor) -> "Scores":
-        """confusion: (K, K) integer counts, row = label, column = prediction."""
-        matrix = confusion.cpu().numpy()
-        hits, labelled, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    def from_confusion(cls, confusion: Tensor | np.ndarray) -> "Scores":
+        """confusion: (K, K) integer counts, row = label, column = prediction; a column more is of no class."""
+        matrix = confusion.cpu().numpy() if isinstance(confusion, Tensor) else confusion
+        hits, labelled, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)[: len(matrix)]
         iou = iou_of(hits, labelled, predicted)
         acc = _ratio(hits, labelled)
         precision = np.where((labelled > 0) & (predicted == 0), 0.0, _ratio(hits, predicted))
@@ -103,6 +103,8 @@ class Scores:
 class Tally:
     """The confusion matrix of each image, of which only the cells that are not zero are kept.
 
+    Its columns are the K classes and, where predictions come from elsewhere, K for pixels predicted as none of them.
+
     Integers, in order of the images' names: neither the order in which images arrive nor the number of processes that
     score them leaves a trace.
     """
@@ -119,7 +121,7 @@ class Tally:
         return sorted(self.cells)
 
     def add(self, name: str, matrix: Tensor | np.ndarray) -> None:
-        """matrix: (K, K) integer counts of the image, row = label, column = prediction.
+        """matrix: (K, K) or (K, K + 1) integer counts of the image, row = label, column = prediction.
 
         Raises:
             UserError: an image of this name was added before.
@@ -142,22 +144,22 @@ class Tally:
         return whole
 
     def confusion(self) -> np.ndarray:
-        """(K, K) int64 of all images."""
-        matrix = np.zeros((self.classes, self.classes), np.int64)
+        """(K, K + 1) int64 of all images: row = label, column = prediction, the last one of no class."""
+        matrix = np.zeros((self.classes, self.classes + 1), np.int64)
         for cells in self.cells.values():
             matrix[cells[:, 0], cells[:, 1]] += cells[:, 2]
         return matrix
 
     def parts(self) -> Parts:
         """Of each image in order of `names` and each class the pixels hit, labelled and predicted."""
-        hits, labelled, predicted = np.zeros((3, len(self), self.classes), np.int64)
+        hits, labelled, predicted = np.zeros((3, len(self), self.classes + 1), np.int64)
         for index, name in enumerate(self.names):
             label, prediction, pixels = self.cells[name].T
             right = label == prediction
             hits[index, label[right]] = pixels[right]
             np.add.at(labelled[index], label, pixels)
             np.add.at(predicted[index], prediction, pixels)
-        return hits, labelled, predicted
+        return hits[:, :-1], labelled[:, :-1], predicted[:, :-1]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: {"version", "classes", "images": [[name, [[label, prediction, pixels], ...]], ...]}."""
@@ -177,7 +179,7 @@ class Tally:
             tally = cls(int(values["classes"]))
             for name, cells in values["images"]:
                 found = np.array(cells, np.int64).reshape(-1, 3)
-                if found.size and (found.min() < 0 or found[:, :2].max() >= tally.classes):
+                if found.size and (found.min() < 0 or (found.max(axis=0)[:2] - [0, 1] >= tally.classes).any()):
                     raise ValueError(name)
                 if name in tally.cells:
                     raise ValueError(name)

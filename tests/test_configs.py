@@ -172,7 +172,11 @@ def test_the_colours_of_camvid_are_merged_once_each() -> None:
         ("ade20k_test", "ade20k", {"train", "val"}),
         ("cityscapes_coarse", "cityscapes", {"train"}),
         ("camvid_segnet", "camvid", {"train", "val"}),
-        ("mapillary_cityscapes", "cityscapes", {"train", "val", "train_ids", "ignore", "protocol", "classes"}),
+        (
+            "mapillary_cityscapes",
+            "cityscapes",
+            {"train", "val", "train_ids", "ignore", "protocol", "classes", "instances", "published"},
+        ),
         ("hub", "folder", {"train", "val"}),
         ("csv", "folder", {"train", "val"}),
         ("coco", "folder", {"train", "val"}),

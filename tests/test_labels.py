@@ -58,7 +58,7 @@ def test_the_look_of_train_ids_is_the_ignore_value_without_higher_ids(values, ex
         ([], [255], "holds 0 names"),
         (["a", "a"], [255], "different ones"),
         ({"a": {"ids": [1]}, "b": {"ids": [1]}}, [255], "claimed by both 'a' and 'b'"),
-        ({"a": {"colour": [1, 2, 3]}}, [255], "key 'colour', expected color, colors or ids"),
+        ({"a": {"colour": [1, 2, 3]}}, [255], "key 'colour', expected one of color, colors, ids, category"),
         (["a"], 255, "data.ignore is 255, expected a list"),
         (["a"], [70000], "expected a list of raw mask values"),
         ("road", [255], "data.classes is 'road', expected a list of names"),
@@ -67,6 +67,8 @@ def test_the_look_of_train_ids_is_the_ignore_value_without_higher_ids(values, ex
         ({"a": {"ids": 7}}, [255], "data.classes.a.ids is 7"),
         ({"a": {"color": "red"}}, [255], "data.classes.a.color is 'red'"),
         ({"a": {"color": [300, 0, 0]}}, [255], "from 0 to 255"),
+        ({"a": {"category": "flat"}, "b": {}}, [255], "data.classes.b has no category, but other classes have"),
+        ({"a": {"instance_size": 0}}, [255], "data.classes.a.instance_size is 0, expected mean pixels above 0"),
     ],
 )
 def test_contradictory_contracts_are_told(classes, ignore, message) -> None:

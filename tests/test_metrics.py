@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -90,7 +93,7 @@ def test_images_add_up_to_the_matrix_in_whatever_order_and_by_however_many_proce
     for index, name in enumerate(reversed(found)):
         parts[index % 3].add(name, found[name])
     together = parts[2].merged(parts[:2])
-    np.testing.assert_array_equal(one.confusion(), sum(found.values()))
+    np.testing.assert_array_equal(one.confusion(), np.pad(sum(found.values()), ((0, 0), (0, 1))))
     np.testing.assert_array_equal(together.confusion(), one.confusion())
     assert len(together) == 20 and together.to_json() == one.to_json()
     for ours, theirs in zip(together.parts(), one.parts(), strict=True):
@@ -110,6 +113,20 @@ def test_the_parts_of_each_image_are_its_matrix_sums() -> None:
     sums = [part.sum(axis=0) for part in (hits, labelled, predicted)]
     np.testing.assert_array_equal(iou_of(*sums), scores.iou)
     assert mean_of(iou_of(*sums)) == pytest.approx(scores.miou, abs=1e-15)
+
+
+def test_pixels_predicted_as_no_class_count_against_the_labelled_class_and_for_nobody() -> None:
+    tally = Tally(2)
+    tally.add("a", np.array([[6, 1, 3], [0, 0, 2]]))
+    tally.add("b", np.array([[4, 0], [0, 5]]))
+    tally = Tally.from_json(json.loads(json.dumps(tally.to_json())))
+    scores = Scores.from_confusion(tally.confusion())
+    np.testing.assert_allclose(scores.iou, [10 / 14, 5 / 8])
+    np.testing.assert_allclose(scores.acc, [10 / 14, 5 / 7])
+    assert (scores.pixels.tolist(), scores.predicted.tolist()) == ([14, 7], [10, 6])
+    assert scores.aacc == pytest.approx(15 / 21)
+    hits, labelled, predicted = (part.tolist() for part in tally.parts())
+    assert (hits, labelled, predicted) == ([[6, 0], [4, 5]], [[10, 2], [4, 5]], [[6, 1], [4, 5]])
 
 
 def test_an_image_that_is_counted_twice_is_refused() -> None:
@@ -135,7 +152,7 @@ def test_written_scores_of_images_are_read_back_or_told_to_be_damaged() -> None:
     assert again.to_json() == tally.to_json() and again.confusion()[299, 7] == 10**10 and len(again) == 2
     with pytest.raises(UserError, match="are of version 2, expected 1"):
         Tally.from_json({"version": 2})
-    cells = ([["a", [[1, 2]]]], [["a", [[300, 0, 1]]]], [["a", []]] * 2, 3)
+    cells = ([["a", [[1, 2]]]], [["a", [[300, 0, 1]]]], [["a", [[0, 301, 1]]]], [["a", []]] * 2, 3)
     for harm in ({"images": images} for images in cells):
         with pytest.raises(UserError, match="scores of images are damaged .*: evaluate again"):
             Tally.from_json(tally.to_json() | harm)
@@ -196,3 +213,42 @@ def test_scores_are_mmsegmentations_whatever_is_absent_missed_or_ignored(name, c
     for prediction, label in zip(predictions, labels, strict=True):
         jaccard.update(torch.from_numpy(prediction).long(), torch.from_numpy(label).long())
     np.testing.assert_allclose(jaccard.compute().item(), scores.miou, rtol=1e-6, equal_nan=True)
+
+
+HUGGING_FACE = """
+import sys, numpy as np, evaluate
+cases = np.load(sys.argv[2])
+metric, found = evaluate.load(sys.argv[1]), {}
+for number in range(len(cases.files) // 2):
+    predictions, labels = cases[f"p{number}"], cases[f"l{number}"]
+    classes = int(sys.argv[3].split(",")[number])
+    scores = metric.compute(predictions=[*predictions], references=[*labels], num_labels=classes, ignore_index=255)
+    for key in ("mean_iou", "mean_accuracy", "overall_accuracy", "per_category_iou", "per_category_accuracy"):
+        found[f"{key}{number}"] = scores[key]
+np.savez(sys.argv[4], **found)
+"""
+
+
+def test_scores_are_those_of_hugging_faces_evaluate(tmp_path) -> None:
+    script = os.environ.get("MEAN_IOU")
+    if not script:
+        pytest.skip("MEAN_IOU names no copy of metrics/mean_iou of Hugging Face's evaluate, which its wheel lacks")
+    inputs = [(name, classes, *case(name, classes)) for name in CASES for classes in (3, 19, 150)]
+    arrays = {f"p{number}": np.stack(entry[2]) for number, entry in enumerate(inputs)}
+    np.savez(
+        tmp_path / "cases.npz", **arrays, **{f"l{number}": np.stack(entry[3]) for number, entry in enumerate(inputs)}
+    )
+    words = [script, tmp_path / "cases.npz", ",".join(str(entry[1]) for entry in inputs), tmp_path / "found.npz"]
+    # -P and another folder: our own evaluate.py has the same name
+    subprocess.run([sys.executable, "-P", "-c", HUGGING_FACE, *map(str, words)], check=True, cwd=tmp_path)
+    found = np.load(tmp_path / "found.npz")
+    names = {"miou": "mean_iou", "macc": "mean_accuracy", "aacc": "overall_accuracy"}
+    names |= {"iou": "per_category_iou", "acc": "per_category_accuracy"}
+    for number, (name, classes, predictions, labels) in enumerate(inputs):
+        pairs = [
+            (torch.from_numpy(found), torch.from_numpy(label)) for found, label in zip(predictions, labels, strict=True)
+        ]
+        scores = Scores.from_confusion(sum(confusion_matrix(*pair, classes) for pair in pairs))
+        for ours, theirs in names.items():
+            told = f"{name}, {classes} classes: {theirs}"
+            np.testing.assert_allclose(getattr(scores, ours), found[f"{theirs}{number}"], rtol=1e-12, err_msg=told)

@@ -39,7 +39,9 @@ class SegmentationData(Loaders):
     on the scale 0 to 255, None = ImageNet's.
     workers: processes that read samples for each training process, "auto" = its share of the cores, at most 8.
     worker_timeout: seconds without a batch after which a worker counts as hung. max_pixels: of one file. cache: folder
-    for decoded samples. check: samples of each split that are looked at before training. on_bad_sample: "error", or
+    for decoded samples. instances: {end of a mask's file name: that of the instance map beside it}, for Cityscapes'
+    iIoU. published: {"single_scale" and "multi_scale": {model: mIoU in percent}} of the paper, to be shown beside one's
+    own. check: samples of each split that are looked at before training. on_bad_sample: "error", or
     "skip" what cannot be read in training, up to max_bad_share of the samples. seed: of order and augmentation.
     """
 
@@ -76,6 +78,8 @@ class SegmentationData(Loaders):
         check: int = 0,
         on_bad_sample: str = "error",
         max_bad_share: float = 0.01,
+        instances: Mapping[str, str] | None = None,
+        published: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         super().__init__(batch_size, micro_batch_size, workers, worker_timeout, max_pixels, seed)
         if bands < 1:
@@ -107,6 +111,7 @@ class SegmentationData(Loaders):
         self.specs = {"train": train, "val": val}
         self.root, self.cache, self.check = root, cache, check
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
+        self.instances, self.published = dict(instances or {}), dict(published or {})
 
     def source(self, split: str) -> Source | Stream:
         """The raw samples of "train" or "val"."""
