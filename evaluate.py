@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -11,50 +10,51 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from segformer.errors import build, explained
+from segformer.launch import end_with_parent
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what `explained` tells in one sentence
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 @explained()
-def main(settings: DictConfig) -> float:
+def main(settings: DictConfig) -> float | None:
     """Scores a checkpoint by its dataset's protocol, writes the report, returns the mIoU."""
     config: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     return evaluate(config, own_data=HydraConfig.get().runtime.choices["data"])  # NAME of data=NAME, or None
 
 
-def evaluate(config: dict[str, Any], own_data: str | None) -> float:
+def evaluate(config: dict[str, Any], own_data: str | None) -> float | None:
     from lightning.pytorch import Trainer  # not above: --help and a misspelt key need no torch
 
-    from segformer import callbacks, checkpoints, files, launch, report, states
+    from segformer import callbacks, corruptions, evaluation, launch, states
     from segformer.data import check, datamodule
     from segformer.inference import Protocol
-    from segformer.model import SegformerForSemanticSegmentation
     from segformer.task import SegmentationTask
 
-    source, (_, options) = files.absolute(config["checkpoint"]), states.Steering.split(config["trainer"])
-    trained = checkpoints.training_config(source, needed=own_data is None)
-    section = instantiate(config["data"], _convert_="all") if own_data else trained["data"]
-    data = check.quick(build("data", datamodule.SegmentationData, section).opened("val"))
-    model = SegformerForSemanticSegmentation.from_pretrained(source)
-    data.classes.require(model.config.id2label.values(), source)
-    if options["precision"] == "checkpoint":
-        options["precision"] = trained.get("trainer", {}).get("precision", "32-true")
+    job, (_, options) = evaluation.Job(config, own_data), states.Steering.split(config["trainer"])
+    section = instantiate(config["data"], _convert_="all") if own_data else job.trained["data"]
+    data = build("data", datamodule.SegmentationData, section)
+    data.labels_needed = not config["submission"]
+    check.quick(data.opened("val"))
+    if config["predictions"]:
+        return job.report(evaluation.read(data, config["predictions"], config["predictions_values"]))
+    plan = build("corruptions", corruptions.Plan, config["corruptions"]) if "corruptions" in config else None
     changes = {key: value for key, value in config["protocol"].items() if value != "dataset"}
-    task = SegmentationTask(model, build("protocol", Protocol, asdict(data.protocol) | changes))
-    own = {"callbacks": [callbacks.Progress(1)], "logger": False, "use_distributed_sampler": False}
-    trainer = build("trainer", Trainer, options, **own)
+    protocol = build("protocol", Protocol, asdict(data.protocol) | changes)
+    task = SegmentationTask(job.network(data.classes), protocol)
+    counting = evaluation.Counting(data, config["submission"], job.output)
+    own = {"callbacks": [callbacks.Progress(1), counting], "logger": False, "use_distributed_sampler": False}
+    trainer = build("trainer", Trainer, options | {"precision": job.precision}, **own)
     trainer.validate(task, data, verbose=False)
+    miou = job.report(counting, task)
+    if plan:
+        counting.done = True  # of corrupted images the score alone is kept
+        job.robustness(evaluation.corrupted(trainer, task, data, plan), miou)
     launch.disconnect()
-    if trainer.is_global_zero:
-        name = own_data or trained["choices"]["data"]
-        facts = {"checkpoint": str(source), "data": name, "precision": options["precision"]}
-        facts["split_images"] = data.images("val")
-        folder = files.new_folder(Path(config["output"], f"{checkpoints.model_name(source, trained)}_{name}"))
-        report.write_report(folder, task.scores, data.classes.names, task.images_scored, task.protocol, facts)
-    return task.scores.miou
+    return miou
 
 
 if __name__ == "__main__":
+    end_with_parent()
     with explained():
         main()

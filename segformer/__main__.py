@@ -1,6 +1,7 @@
 """python -m segformer convert runs/b0_toy/2026-11-20_12-00-00/best.ckpt my-model
 
 python -m segformer check data=folder data.root=/data/potholes 'data.classes=[background, pothole]'
+python -m segformer compare reports/b0_toy/A/report.json reports/b0_toy/B/report.json
 """
 
 import argparse
@@ -37,6 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument(
         "-cd", "--config-dir", metavar="FOLDER", help="adds a folder of your own choices, as of train.py"
     )
+    compare = verbs.add_parser("compare", help="tell whether one evaluation is better than another, or chance")
+    compare.add_argument("first", type=Path, help="report.json of A, which evaluate.py wrote, or its folder")
+    compare.add_argument("second", type=Path, help="report.json of B, on the same images")
+    compare.add_argument(
+        "--fail-below", type=float, metavar="X", help="exit with 1 where B's mIoU is more than X points below A's"
+    )
+    compare.add_argument(
+        "--output", default="comparisons", metavar="DIR", help="where a new folder is made (default: comparisons)"
+    )
     # overrides may stand between the options, which argparse gives back as what it does not know
     options, more = parser.parse_known_args(arguments)
     if options.verb != "check" or any(word.startswith("-") for word in more):
@@ -48,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except KeyboardInterrupt:  # its readers have stopped by then
                 print("stopped", file=sys.stderr)
                 sys.exit(130)
+        if options.verb == "compare":
+            from segformer.compare import run
+
+            sys.exit(run(options.first, options.second, options.output, options.fail_below))
         _convert(options.source, Path(options.target), options.to, options.allow_pickle)
 
 

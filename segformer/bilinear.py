@@ -16,26 +16,37 @@ from torch import Tensor
 BAND_NUMBERS = {"cpu": 2**20, "cuda": 2**26}
 
 
-def bilinear_matrix(source: int, target: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(target, source) weights of one axis of a bilinear resize (align_corners False): each row sums to one."""
+def bilinear_matrix(
+    source: int, target: int, device: torch.device, dtype: torch.dtype = torch.float32, rows: slice = slice(None)
+) -> Tensor:
+    """(target, source) weights of one axis of a bilinear resize (align_corners False): each row sums to one.
+
+    rows: which of the target's rows are wanted.
+    """
     exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
-    centre = ((torch.arange(target, device=exact, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(min=0)
+    wanted = torch.arange(*rows.indices(target), device=exact, dtype=torch.float64)
+    centre = ((wanted + 0.5) * source / target - 0.5).clamp(min=0)
     low = centre.floor().long().clamp(max=source - 1)
     high = (low + 1).clamp(max=source - 1)
     weight = (centre - low).to(dtype)
-    rows = torch.arange(target, device=exact)
-    matrix = torch.zeros(target, source, device=exact, dtype=dtype)
-    matrix[rows, low] = 1 - weight
-    return matrix.index_put_((rows, high), weight, accumulate=True).to(device)
+    index = torch.arange(len(wanted), device=exact)
+    matrix = torch.zeros(len(wanted), source, device=exact, dtype=dtype)
+    matrix[index, low] = 1 - weight
+    return matrix.index_put_((index, high), weight, accumulate=True).to(device)
+
+
+def rows_needed(source: int, target: int, rows: slice) -> slice:
+    """The rows of `source` that `rows` of its resize to `target` rows are made of."""
+    first = int((rows.start + 0.5) * source / target - 0.5)  # int() takes what lies above row 0 to row 0
+    last = int((rows.stop - 0.5) * source / target - 0.5) + 2
+    return slice(first, min(last, source))
 
 
 def row_bands(source: int, target: int, rows: int) -> Iterator[tuple[slice, slice]]:
     """Cuts an upsampling of `source` to `target` rows into bands of at most `rows`: (output rows, rows they need)."""
     for top in range(0, target, rows):
-        bottom = min(top + rows, target)
-        first = int((top + 0.5) * source / target - 0.5)  # int() takes what lies above row 0 to row 0
-        last = int((bottom - 0.5) * source / target - 0.5) + 2
-        yield slice(top, bottom), slice(first, min(last, source))
+        band = slice(top, min(top + rows, target))
+        yield band, rows_needed(source, target, band)
 
 
 def band_rows(numbers: int, device: torch.device) -> int:
@@ -44,16 +55,33 @@ def band_rows(numbers: int, device: torch.device) -> int:
 
 
 def upsample_band(maps: Tensor, vertical: Tensor, width: int) -> Tensor:
-    """(h, w, C) maps and (R, h) weights of `bilinear_matrix` -> (R, width, C): rows by a product, columns by a kernel.
+    """(..., h, w, C) maps and (R, h) weights of `bilinear_matrix` -> (..., R, width, C).
 
-    A product for both would cost width operations a value where a bilinear kernel needs two.
+    Rows by a product, columns by a kernel: a product for both would cost width operations a value where a bilinear
+    kernel needs two.
     """
-    rows, columns, channels = maps.shape
-    tall = (vertical @ maps.reshape(rows, -1)).view(1, -1, columns, channels).permute(0, 3, 1, 2)
+    *batch, rows, columns, channels = maps.shape
+    tall = (vertical @ maps.reshape(*batch, rows, -1)).view(-1, len(vertical), columns, channels)
     if columns == width:
-        return tall[0].permute(1, 2, 0)
-    band = F.interpolate(tall, size=(len(vertical), width), mode="bilinear", align_corners=False)
-    return band[0].permute(1, 2, 0)
+        return tall.view(*batch, len(vertical), columns, channels)
+    size = (len(vertical), width)
+    band = F.interpolate(tall.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
+    return band.permute(0, 2, 3, 1).reshape(*batch, *size, channels)
+
+
+def finite(maps: Tensor) -> Tensor:
+    """Logits as they are resized and compared: float32 (float64 stays), nothing infinite.
+
+    A class ruled out by -inf must not turn its neighbours into NaN, which wins every argmax; nor does a NaN win.
+    """
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    lowest = torch.finfo(maps.dtype).min / 2**20  # sums of many stay finite
+    return torch.nan_to_num(maps, nan=lowest, neginf=lowest, posinf=-lowest)
+
+
+def label_type(classes: int) -> torch.dtype:
+    """Of a label map: uint8, int16 above 255 classes."""
+    return torch.uint8 if classes <= 255 else torch.int16
 
 
 def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
@@ -63,14 +91,11 @@ def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
     class whose logit is -inf or NaN at a place does not win there.
     """
     classes, rows, columns = logits.shape[1:]
-    dtype = torch.uint8 if classes <= 255 else torch.int16
+    dtype = label_type(classes)
     if (rows, columns) == (height, width):
         return logits.argmax(dim=1).to(dtype)
     with torch.autocast(logits.device.type, enabled=False):
-        maps = (logits if logits.dtype == torch.float64 else logits.float()).permute(0, 2, 3, 1).contiguous()
-        # a class ruled out by -inf must not turn its neighbours into NaN, which wins every argmax
-        lowest = torch.finfo(maps.dtype).min / 4
-        maps = torch.nan_to_num(maps, nan=lowest, neginf=lowest, posinf=-lowest)
+        maps = finite(logits.permute(0, 2, 3, 1).contiguous())
         # pruning pays for many values on a CPU, several pixels a cell; a GPU would wait for the count of open cells
         many = classes * height * width > 8 * BAND_NUMBERS["cpu"]
         prune = logits.device.type == "cpu" and many and height >= 2 * rows and width >= 2 * columns

@@ -103,14 +103,22 @@ class Progress(ProgressBar):
         total = int(batches) if math.isfinite(batches) else None
         self.unit = "image" if task.MONITOR == "val/miou" else "batch"  # images keep their own sizes
         self.scoring = tqdm(total=total, desc="validate", unit=self.unit, leave=False, disable=hidden)
-        self.scored, self.line = 0, time.monotonic()
+        self.scored, self.processes = 0, trainer.world_size
+        self.scoring_start = self.line = time.monotonic()
 
     def on_validation_batch_end(self, *_: Any) -> None:
         self.scored += 1
         self.scoring.update()
         if self.enabled_ and not self.terminal and time.monotonic() - self.line >= LINE_SECONDS:
             self.line = time.monotonic()
-            self.print(f"validate: {self.scored} of {self.scoring.total or 'streamed'} {PLURAL[self.unit]}")
+            self.print(self._validated(self.line - self.scoring_start))
+
+    def _validated(self, seconds: float) -> str:
+        total = self.scoring.total
+        whose = f", the first of {self.processes} processes" if self.processes > 1 else ""
+        speed = f"{self.processes * self.scored / seconds:.1f} {PLURAL[self.unit]}/s"
+        left = f"  {(total - self.scored) * seconds / self.scored / 60:.1f} min left" if total else ""
+        return f"validate: {self.scored} of {total or 'streamed'} {PLURAL[self.unit]}{whose}  {speed}{left}"
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         self.scoring.close()

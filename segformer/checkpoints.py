@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -317,6 +318,15 @@ def training_config(source: str | os.PathLike[str], needed: bool) -> dict[str, A
             f"{source} was trained on a source class of your own, which a checkpoint may not start: add data=NAME"
         )
     return config
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of names, types, shapes and bytes of all tensors: equal for the same weights in whatever kind of file."""
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def model_name(source: str | os.PathLike[str], trained: Mapping[str, Any]) -> str:

@@ -63,8 +63,12 @@ class InstanceCounts:
         self._classes = {ids[self.names[index]]: index for index in self.sizes}
         self._category = np.append(np.unique(self.categories, return_inverse=True)[1], -1)  # the last: of no class
 
-    def add(self, prediction: np.ndarray, instances: np.ndarray) -> None:
-        """Counts one image. prediction: (H, W) train ids 0..K-1, K or above = no class.
+    def add(self, shares: np.ndarray) -> None:
+        """Adds what `count` found in an image."""
+        self.shares += shares
+
+    def count(self, prediction: np.ndarray, instances: np.ndarray) -> np.ndarray:
+        """The shares of one image. prediction: (H, W) train ids 0..K-1, K or above = no class.
 
         instances: (H, W) uint16, labelId * 1000 + n for an instance; other values up to 1000 (groups: the label id) are
         none. It alone decides what an instance is: its pixels count even where the label is ignored.
@@ -79,6 +83,7 @@ class InstanceCounts:
                 f"the instance map is {instances.dtype}, expected uint16: give the 16-bit *_instanceIds.png"
             )
         inside = instances > _INSTANCE
+        shares = np.zeros_like(self.shares)
         found, values = np.minimum(prediction[inside], len(self.names)), instances[inside]
         for value in np.flatnonzero(np.bincount(values)):
             index = self._classes.get(int(value) // _INSTANCE)
@@ -87,7 +92,8 @@ class InstanceCounts:
             pixels = found[values == value]
             hits = int(np.count_nonzero(pixels == index))
             kin = int(np.count_nonzero(self._category[pixels] == self._category[index]))
-            self.shares[index] += np.array([1, hits * _ONE // pixels.size, kin * _ONE // pixels.size], object)
+            shares[index] += np.array([1, hits * _ONE // pixels.size, kin * _ONE // pixels.size], object)
+        return shares
 
     def merged(self, others: Iterable["InstanceCounts"]) -> "InstanceCounts":
         """The counts of these images and of the others' (same classes), in whatever order; changes none of them."""

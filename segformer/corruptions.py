@@ -83,6 +83,23 @@ class Corrupted(Elsewhere):
         return corrupt(image, self.corruption, self.severity, self.seed, f"image {self.name(index)}")
 
 
+class Plan:
+    """Which corruptions are scored, at which severities: the config section `corruptions`."""
+
+    def __init__(self, names: Sequence[str], severities: Sequence[int], seed: int = 0) -> None:
+        for key, value in (("names", names), ("severities", severities)):
+            if not isinstance(value, list | tuple) or not value or len(set(value)) < len(value):
+                raise UserError(f"corruptions.{key} is {value!r}, expected a list of different ones")
+        self.pairs = [(name, severity) for name in names for severity in severities]
+        self.seed = seed
+        for name, severity in self.pairs:
+            _checked(name, severity)
+        _functions()  # a missing package is told before the clean images are scored
+
+    def sources(self, source: Source) -> Iterator[Corrupted]:
+        return (Corrupted(source, name, severity, self.seed) for name, severity in self.pairs)
+
+
 class Row(NamedTuple):
     """One line of the table. scores: at severities 1 to 5, None where not measured. mean: over `counted` severities,
     None where none of them was measured. relative: the mean as a part of the clean score, None where that is 0."""

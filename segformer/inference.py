@@ -1,20 +1,35 @@
 """The one door for inference: validation, evaluation, prediction and export take their label maps from `segment`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from segformer.bilinear import upsample_argmax
-from segformer.errors import UserError
+from segformer.bilinear import (
+    band_rows,
+    bilinear_matrix,
+    finite,
+    label_type,
+    rows_needed,
+    upsample_argmax,
+    upsample_band,
+)
+from segformer.errors import UserError, nearest
 from segformer.pixels import MEAN, STD, normalize, resize
 
 # Pixels from which a CPU takes the images of a batch one after the other: their activations then stay below the size
 # (32 MB) from which the C library gives memory back at once and has every page of it faulted in again.
 ONE_BY_ONE = 512 * 512
+# Pixels of windows that a GPU sees at once; a CPU, for the reason above, takes one window after the other.
+WINDOW_PIXELS = 4 * 1024 * 1024
+REDUCTION = 4  # of pixels to logits, per side
+FEWEST_ROWS = 16  # of a band, however wide it is: fewer are made too slowly
+
+Stitch = Literal["exact", "quarter"]
+ResizeLogits = Literal["once", "twice"]
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
@@ -29,21 +44,37 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 class Protocol:
     """How an image becomes a label map.
 
-    size: None keeps the image's size, (long, short) resizes keeping the ratio so that neither side exceeds its bound.
+    size: None keeps the image's size. (long, short) resizes keeping the ratio so that neither side exceeds its bound,
+    by min(long / longer side, short / shorter side) as NVlabs and mmseg have it: with (2048, 512) the shorter side
+    becomes 512 unless the image is more than four times as long as wide. One integer is the shorter side alone; the
+    longer one is free.
     align: then rounds both sides up to a multiple (32 lets no reduction window drop border tokens).
     window, stride: slide windows of (height, width) or one side over the resized image, averaging logits; the last
     window is shifted back to end at the border. window None feeds the whole image.
+    scales, flip: the image at `size` times each scale, and its mirror image at each, are segmented as above; the mean
+    of their softmax maps at the image's own size decides. Published: 0.5 to 2 by 0.25 for Cityscapes, 0.75 to 1.25 by
+    0.125 for ADE20K, 0.5 to 1.75 by 0.25 for the rest, all with flip.
+    stitch: "exact" adds up windows upsampled to pixels, as mmseg does; "quarter" adds up the logits as the network
+    gives them, at a quarter of the size, and upsamples once, which differs within 2 pixels of the windows' borders.
+    resize_logits: "once" from the network's size to the image's own; "twice" by way of the size the network saw, as
+    NVlabs does. Exact windows have been at that size, so it is the same for them.
     """
 
-    size: tuple[int, int] | None = None
+    size: int | tuple[int, int] | None = None
     align: int = 1
     window: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    stitch: Stitch = "exact"
+    resize_logits: ResizeLogits = "once"
 
     def __post_init__(self) -> None:
         window = pair("protocol.window", self.window) if self.window is not None else None
         stride = pair("protocol.stride", self.stride) if self.stride is not None else None
-        size = pair("protocol.size", self.size) if self.size is not None else None
+        if self.size is not None:
+            size = pair("protocol.size", self.size)
+            object.__setattr__(self, "size", size[0] if isinstance(self.size, int) else (max(size), min(size)))
         if not isinstance(self.align, int) or self.align < 1:
             raise UserError(f"protocol.align is {self.align!r}, expected an integer of at least 1")
         if stride and not window:
@@ -52,22 +83,55 @@ class Protocol:
             raise UserError(
                 f"protocol.stride {self.stride} is larger than protocol.window {self.window}: pixels would be missed"
             )
-        object.__setattr__(self, "size", (max(size), min(size)) if size else None)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "stride", stride or window)
+        object.__setattr__(self, "scales", _scales(self.scales))
+        if not isinstance(self.flip, bool):
+            raise UserError(f"protocol.flip is {self.flip!r}, expected true or false")
+        _require_choice("protocol.stitch", self.stitch, get_args(Stitch))
+        _require_choice("protocol.resize_logits", self.resize_logits, get_args(ResizeLogits))
+        if self.stitch == "quarter" and any(side % REDUCTION for side in (self.window or ()) + (self.stride or ())):
+            raise UserError(
+                f"protocol.window {self.window} and protocol.stride {self.stride} are not all multiples of {REDUCTION},"
+                " as protocol.stitch=quarter needs: change them or take protocol.stitch=exact"
+            )
 
-    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+    def sizes(self, height: int, width: int, scale: float = 1.0) -> list[tuple[int, int]]:
         """The (height, width) an image is resized to, one after the other: keep-ratio, then aligned.
 
         Two steps, as the published protocol does it: the second one bends the aspect ratio a little.
         """
         steps = []
-        if self.size:
-            factor = min(self.size[0] / max(height, width), self.size[1] / min(height, width))
-            height, width = int(height * factor + 0.5), int(width * factor + 0.5)
+        if self.size or scale != 1:
+            factor = self._factor(max(height, width), min(height, width), scale)
+            height, width = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
             steps.append((height, width))
         steps.append((math.ceil(height / self.align) * self.align, math.ceil(width / self.align) * self.align))
         return steps
+
+    def _factor(self, longer: int, shorter: int, scale: float) -> float:
+        if self.size is None:
+            return scale
+        if isinstance(self.size, int):
+            return self.size * scale / shorter
+        return min(self.size[0] * scale / longer, self.size[1] * scale / shorter)  # the bounds are scaled
+
+    def whole(self, height: int, width: int) -> bool:
+        """Whether an image resized to this size goes through the network at once."""
+        return self.window is None or (self.window[0] >= height and self.window[1] >= width)
+
+
+def _scales(value: Any) -> tuple[float, ...]:
+    scales = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    numbers = all(isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales)
+    if not scales or not numbers or not all(0 < scale < math.inf for scale in scales):
+        raise UserError(f"protocol.scales is {value!r}, expected a list of positive numbers like [0.75, 1.0, 1.25]")
+    return tuple(float(scale) for scale in scales)
+
+
+def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}{nearest(str(value), choices)}: choose from {', '.join(choices)}")
 
 
 def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -> Tensor:
@@ -75,7 +139,8 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
 
     model: maps normalised (B, 3, h, w) to an output whose `.logits` are (B, K, h/4, w/4); run in eval mode.
     images: uint8 RGB (B, 3, H, W) on the model's device. Returns (B, H, W) uint8, int16 above 255 classes. An autocast
-    around the call is honoured for the network; logits are resized and compared in float32.
+    around the call is honoured for the network; logits are resized and compared in float32. They are never whole at the
+    images' size: of windows those are kept that reach the rows at hand, of whole images the network's own logits.
     """
     if images.device.type == "cpu" and len(images) > 1 and images[0, 0].numel() >= ONE_BY_ONE:
         return torch.cat([segment(model, image[None], protocol) for image in images])
@@ -83,12 +148,7 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
     model.eval()
     try:
         with torch.inference_mode():
-            height, width = images.shape[-2:]
-            for size in protocol.sizes(height, width):
-                images = resize(images, *size)
-            pixels = normalized(model, images)
-            logits = _logits(model, pixels, protocol)
-            return upsample_argmax(logits, height, width)
+            return _segment(model, images, protocol)
     finally:
         for module, training in modes:
             module.training = training
@@ -101,27 +161,161 @@ def normalized(model: nn.Module, images: Tensor) -> Tensor:
     return normalize(images, mean, std).to(next(model.parameters()).dtype)  # half weights take half pixels
 
 
-def _logits(model: nn.Module, pixels: Tensor, protocol: Protocol) -> Tensor:
-    """(B, 3, H, W) -> logits at a quarter of that size, or averaged over windows at the full size."""
-    height, width = pixels.shape[-2:]
-    if protocol.window is None or (protocol.window[0] >= height and protocol.window[1] >= width):
-        logits: Tensor = model(pixels).logits
-        return logits
-    assert protocol.stride is not None
-    tops = _offsets(height, protocol.window[0], protocol.stride[0])
-    lefts = _offsets(width, protocol.window[1], protocol.stride[1])
-    total, count = pixels.new_zeros(()), pixels.new_zeros(height, width)
-    for top in tops:
-        for left in lefts:
-            at = (..., slice(top, top + protocol.window[0]), slice(left, left + protocol.window[1]))
-            view = pixels[at]
-            logits = model(view).logits.float()
-            logits = torch.nn.functional.interpolate(logits, size=view.shape[-2:], mode="bilinear", align_corners=False)
-            if not total.ndim:  # the number of classes is known now
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[at] += logits
-            count[at] += 1
-    return total.div_(count)
+# Rows of logits: (first, last) -> (B, last - first, W, K) in float32 or float64. They are asked for from the top down,
+# a band at a time, and bands may overlap.
+Rows = Callable[[int, int], Tensor]
+Network = Callable[[Tensor], Tensor]  # uint8 (B, 3, h, w) -> logits (B, h/4, w/4, K)
+
+
+def _segment(model: nn.Module, images: Tensor, protocol: Protocol) -> Tensor:
+    height, width = images.shape[-2:]
+    single = len(protocol.scales) == 1 and not protocol.flip
+    views = []
+    for scale in protocol.scales:
+        resized = images
+        for size in protocol.sizes(height, width, scale):
+            resized = resize(resized, *size)
+        direct = protocol.resize_logits == "once" or resized.shape == images.shape
+        if single and direct and protocol.whole(*resized.shape[-2:]):
+            return upsample_argmax(_network(model, False)(resized).permute(0, 3, 1, 2), height, width)
+        mirrored = (False, True)[: 1 + protocol.flip]
+        views += [_view(model, resized, protocol, (height, width), flip) for flip in mirrored]
+    batch, _, _, classes = views[0](0, 1).shape  # the number of classes is known now
+    labels = torch.empty(batch, height, width, dtype=label_type(classes), device=images.device)
+    rows = max(FEWEST_ROWS, band_rows(batch * width * classes, images.device))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        labels[:, top:bottom] = _scores(views, top, bottom).argmax(dim=-1)
+    return labels
+
+
+def _scores(views: Sequence[Rows], first: int, last: int) -> Tensor:
+    """Logits of the only view, or the sum of the softmax maps of several."""
+    if len(views) == 1:
+        return views[0](first, last)
+    total = views[0](first, last).softmax(dim=-1)
+    for view in views[1:]:
+        total += view(first, last).softmax(dim=-1)
+    return total
+
+
+def _network(model: nn.Module, flip: bool) -> Network:
+    """The model; flip: its logits of the mirror image, mirrored back."""
+
+    def logits(images: Tensor) -> Tensor:
+        found: Tensor = model(normalized(model, images.flip(-1) if flip else images)).logits
+        return (found.flip(-1) if flip else found).permute(0, 2, 3, 1)
+
+    return logits
+
+
+def _view(model: nn.Module, images: Tensor, protocol: Protocol, own: tuple[int, int], flip: bool) -> Rows:
+    """Logits at the images' own size from resized images."""
+    network, size = _network(model, flip), (images.shape[-2], images.shape[-1])
+    if protocol.whole(*size):
+        maps = network(images)
+        rows, at = _kept(maps), (maps.shape[1], maps.shape[2])
+    else:
+        windows = _Windows(network, images, *_grid(protocol, size, flip))
+        rows, at = windows.rows, windows.size
+    if protocol.resize_logits == "twice":
+        rows, at = _resized(rows, at, size), size
+    return _resized(rows, at, own)
+
+
+def _kept(maps: Tensor) -> Rows:
+    maps = maps.contiguous()
+    return lambda first, last: finite(maps[:, first:last])
+
+
+def _resized(rows: Rows, source: tuple[int, int], target: tuple[int, int]) -> Rows:
+    """Bilinear (align_corners False), from (height, width) to (height, width)."""
+    if source == target:
+        return rows
+
+    def band(first: int, last: int) -> Tensor:
+        wanted = slice(first, last)
+        needed = rows_needed(source[0], target[0], wanted)
+        maps = rows(needed.start, needed.stop)
+        vertical = bilinear_matrix(source[0], target[0], maps.device, maps.dtype, wanted)[:, needed]
+        with torch.autocast(maps.device.type, enabled=False):
+            return upsample_band(maps, vertical, target[1])
+
+    return band
+
+
+def _grid(protocol: Protocol, size: tuple[int, int], flip: bool) -> tuple[tuple[int, int], list[int], list[int], int]:
+    """What `_Windows` takes beside the network and images of this size; flip: where the mirror image's windows lie."""
+    assert protocol.window is not None and protocol.stride is not None
+    window = min(protocol.window[0], size[0]), min(protocol.window[1], size[1])
+    tops, lefts = (_offsets(*axis) for axis in zip(size, window, protocol.stride, strict=True))
+    if flip:
+        lefts = [size[1] - window[1] - left for left in lefts]
+    unit = REDUCTION if protocol.stitch == "quarter" else 1
+    if any(offset % unit for offset in tops + lefts):
+        raise UserError(
+            f"an image resized to {size[0]} x {size[1]} has windows that start at rows {tops} and columns {lefts}, "
+            f"not all multiples of {unit}, as protocol.stitch=quarter needs: add protocol.align={unit}"
+        )
+    return window, tops, lefts, unit
+
+
+@dataclass
+class _Windows:
+    """Logits averaged over windows: the network sees a row of windows when the first of its rows is asked for, and it
+    is forgotten after the last.
+
+    tops, lefts: where windows start. unit: pixels, per side, of one place of the plane on which windows are added up:
+    1, or REDUCTION for logits as the network gives them.
+    """
+
+    network: Network
+    images: Tensor
+    window: tuple[int, int]
+    tops: list[int]
+    lefts: list[int]
+    unit: int
+
+    def __post_init__(self) -> None:
+        height, width = self.images.shape[-2:]
+        self.size = math.ceil(height / self.unit), math.ceil(width / self.unit)
+        self.extent = math.ceil(self.window[0] / self.unit), math.ceil(self.window[1] / self.unit)
+        self.waiting = list(self.tops)
+        self.open: list[tuple[int, int, Rows]] = []  # top, left, the window's own rows
+        self.down = self._cover(self.tops, 0)[:, None, None]
+        self.across = self._cover(self.lefts, 1)[:, None]
+
+    def _cover(self, starts: list[int], axis: int) -> Tensor:
+        """How many windows cover each place of an axis."""
+        count = torch.zeros(self.size[axis])
+        for start in starts:
+            count[start // self.unit :][: self.extent[axis]] += 1
+        return count.to(self.images.device)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        self.open = [window for window in self.open if window[0] + self.extent[0] > first]
+        while self.waiting and self.waiting[0] // self.unit < last:
+            self.open += self._seen(self.waiting.pop(0))
+        total = None
+        for top, left, rows in self.open:
+            begin, end = max(first, top), min(last, top + self.extent[0])
+            part = rows(begin - top, end - top)
+            if total is None:
+                total = part.new_zeros(len(part), last - first, self.size[1], part.shape[-1])
+            total[:, begin - first : end - first, left : left + self.extent[1]] += part
+        assert total is not None
+        return total.div_(self.down[first:last] * self.across)
+
+    def _seen(self, top: int) -> Iterator[tuple[int, int, Rows]]:
+        """Feeds a row of windows to the network."""
+        height, width = self.window
+        views = [self.images[..., top : top + height, left : left + width] for left in self.lefts]
+        count = 1 if self.images.device.type == "cpu" else max(1, WINDOW_PIXELS // views[0][:, 0].numel())
+        batches = [torch.cat(views[start : start + count]) for start in range(0, len(views), count)]
+        seen = [maps for batch in batches for maps in torch.split(self.network(batch), len(self.images))]
+        for left, maps in zip(self.lefts, seen, strict=True):
+            rows = _resized(_kept(maps), (maps.shape[1], maps.shape[2]), self.extent)
+            yield top // self.unit, left // self.unit, rows
 
 
 def _offsets(length: int, window: int, stride: int) -> list[int]:

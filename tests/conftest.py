@@ -141,6 +141,11 @@ def cityscapes(tmp_path: Path) -> Path:
                 ids = rng.integers(0, 34, (8, 16)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
                 save(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png",
                      rng.integers(0, 256, (*ids.shape, 3), np.uint8))  # fmt: skip
-                for kind, array in (("labelIds", ids), ("color", ids[..., None].repeat(3, 2)), ("instanceIds", ids)):
+                objects = np.where(ids < 24, ids, ids.astype(int) * 1000 + np.arange(128) // 32).astype(np.uint16)
+                for kind, array in (
+                    ("labelIds", ids),
+                    ("color", ids[..., None].repeat(3, 2)),
+                    ("instanceIds", objects),
+                ):
                     save(root / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png", array)
     return root

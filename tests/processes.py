@@ -8,6 +8,7 @@ import os
 import sys
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,20 +16,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from segformer.data.datamodule import SegmentationData
 from segformer.errors import build
+from segformer.evaluation import Counting
 from segformer.inference import Protocol
 from segformer.launch import disconnect
+from segformer.report import build_report
 from segformer.task import SegmentationTask
 from tests.conftest import TOY, randomize, small
 from tests.test_task import PROCESSES, Record, quiet, trained
 
 
-def scored(scenes: int) -> dict[str, float]:
+def scored(scenes: int) -> dict[str, Any]:
+    """Images, mIoU, and a digest of the report, of every image's own confusion matrix and of the gallery."""
     data = build("data", SegmentationData, TOY | {"val": {"scenes": scenes, "seed": 1}}).opened("val")
     model = small(data.classes.names)
     randomize(model)
-    task = SegmentationTask(model, Protocol())
-    quiet().validate(task, data, verbose=False)
-    return {"images": task.images_scored, "miou": task.scores.miou}
+    task, trainer, counting = SegmentationTask(model, Protocol()), quiet(), Counting(data)
+    trainer.callbacks.append(counting)
+    trainer.validate(task, data, verbose=False)
+    report = build_report(counting.counts, data.classes, task.protocol, {})
+    digest = sha256(json.dumps([report, counting.counts.tally.to_json()]).encode())
+    for example in counting.gallery:
+        digest.update(f"{example['name']} {example['rank']}".encode() + example["prediction"].tobytes())
+    return {"images": task.images_scored, "miou": task.scores.miou, "everything": digest.hexdigest()}
 
 
 def losses(steps: int) -> tuple[list[float], list[str]]:

@@ -86,3 +86,18 @@ def test_the_update_of_the_confusion_matrix_is_compared_and_counts_the_same(tmp_
     rows = json.loads(target.read_text())["confusion"]
     assert [(row["classes"], row["size"]) for row in rows] == [(150, "51 x 68"), (19, "102 x 205")]
     assert all(0 < row["mIoU"] < 1 and row["ratio"]["min"] > 0 for row in rows)
+
+
+def test_sliding_windows_are_compared_with_mmsegmentations_way_and_agree(tmp_path) -> None:
+    pytest.importorskip("transformers", reason="the base of the comparison is transformers' network")
+    target = tmp_path / "figures.json"
+    command = f"benchmarks/evaluation.py --section sliding memory --scale 0.1 --rounds 1 --device cpu --json {target}"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())
+    exact, *others = found["sliding"]
+    assert exact["stitching"] == "exact" and exact["agree"] > 0.9999 and exact["size"] == "104 x 204"
+    assert [row["stitching"] for row in others] == ["quarter", "exact, bf16 weights", "quarter, bf16 weights"]
+    # with random weights nearly all classes are equally likely, which 8 bits of a mantissa do not always decide
+    assert others[0]["agree"] > 0.98 and all(row["agree"] > 0.5 and row["ratio"]["min"] > 0 for row in others)
+    assert [row["stitching"] for row in found["memory"]] == ["exact", "quarter"]

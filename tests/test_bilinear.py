@@ -30,6 +30,8 @@ def test_bilinear_matrix_is_torchs_resize(source, target) -> None:
     expected = F.interpolate(x, size=(target, target), mode="bilinear", align_corners=False)
     torch.testing.assert_close(matrix @ x[0, 0] @ matrix.T, expected[0, 0])
     torch.testing.assert_close(matrix.sum(1), torch.ones(target, dtype=torch.float64))
+    middle = slice(target // 3, target - 1)
+    assert torch.equal(bilinear_matrix(source, target, x.device, x.dtype, middle), matrix[middle])
 
 
 @pytest.mark.parametrize(("source", "target", "rows"), [(8, 32, 5), (7, 20, 1), (20, 7, 3), (5, 5, 2), (128, 683, 17)])
@@ -52,6 +54,16 @@ def test_a_band_is_a_part_of_the_whole(low, high) -> None:
     for out, source in row_bands(low[0], high[0], 5):
         band = upsample_band(maps[source], vertical[out, source], high[1])
         torch.testing.assert_close(band, whole.permute(1, 2, 0)[out])
+
+
+@pytest.mark.parametrize("width", [33, 9])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_bands_of_a_batch_are_those_of_its_images(width, channels) -> None:
+    maps = torch.randn(3, 8, 9, channels, dtype=torch.float64)
+    vertical = bilinear_matrix(8, 30, maps.device, maps.dtype, slice(4, 11))
+    together = upsample_band(maps, vertical, width)
+    assert together.shape == (3, 7, width, channels)
+    torch.testing.assert_close(together, torch.stack([upsample_band(image, vertical, width) for image in maps]))
 
 
 @pytest.mark.parametrize("size", [(70, 100), (33, 65), (18, 25)])

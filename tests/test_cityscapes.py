@@ -51,7 +51,7 @@ def counts(names=NAMES, categories=CATEGORY, sizes=SIZES, ids=None) -> InstanceC
 def counted(frames: list[Frame]) -> InstanceCounts:
     total = counts()
     for prediction, _, instances in frames:
-        total.add(prediction, instances)
+        total.add(total.count(prediction, instances))
     return total
 
 
@@ -152,8 +152,10 @@ def test_scores_equal_the_official_script(case, tmp_path, monkeypatch) -> None:
 def test_a_prediction_of_no_class_counts_against_the_instance_and_for_nobody() -> None:
     prediction, _, instances = frame(0)
     none, total, fewer = np.where(prediction == 13, 255, prediction).astype(np.uint8), counts(), counts()
-    total.add(none, instances)
-    fewer.add(np.where(prediction == 13, 0, prediction).astype(np.uint8), instances)  # called road: as wrong
+    total.add(total.count(none, instances))
+    fewer.add(
+        total.count(np.where(prediction == 13, 0, prediction).astype(np.uint8), instances)
+    )  # called road: as wrong
     assert total.shares.tolist() == fewer.shares.tolist()
 
 
@@ -182,7 +184,7 @@ def test_scores_by_hand() -> None:
     total = InstanceCounts(
         ("person", "rider", "road"), categories, {"person": 10, "rider": 20}, {"person": 24, "rider": 25}
     )
-    total.add(prediction, instances)
+    total.add(total.count(prediction, instances))
     confusion = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(label), 3).numpy()
     assert total.class_iiou(confusion) == pytest.approx({"person": (10 + 2.5) / (20 + 1), "rider": 0})
     assert category_iou(confusion, total.categories) == pytest.approx({"human": 3 / 6, "flat": 0})
@@ -197,8 +199,8 @@ def test_any_order_and_any_split_of_the_images_gives_the_same_bits() -> None:
     split = first.merged([counted(frames[2::3]), counts(), counted(frames[1::3])])
     for other in (backwards, split):
         assert other.shares.tolist() == whole.shares.tolist()
-    split.add(frames[0][0], frames[0][2])
-    first.merged([]).add(frames[0][0], frames[0][2])
+    split.add(split.count(frames[0][0], frames[0][2]))
+    first.merged([]).add(first.count(frames[0][0], frames[0][2]))
     assert (first.shares == before).all()
 
 
@@ -212,7 +214,7 @@ def test_a_category_of_which_one_class_has_no_size_has_no_iiou() -> None:
 def test_values_up_to_1000_are_no_instance_of_any_class() -> None:
     total = InstanceCounts(("a", "b"), {"a": "x", "b": "x"}, {"a": 1, "b": 1}, {"a": 0, "b": 1})
     blank = np.zeros((1, 5), np.uint8)
-    total.add(blank, np.array([[0, 1, 999, 1000, 1001]], np.uint16))
+    total.add(total.count(blank, np.array([[0, 1, 999, 1000, 1001]], np.uint16)))
     assert total.shares[:, 0].tolist() == [0, 1]
 
 
@@ -249,7 +251,7 @@ def test_a_wrong_image_is_refused_in_a_sentence_and_counts_nothing() -> None:
     prediction, _, instances = frame(0)
     total = counts()
     with pytest.raises(UserError, match=r"are \(24, 45\) and \(24, 44\), expected equal"):
-        total.add(prediction, instances[:, 1:])
+        total.count(prediction, instances[:, 1:])
     with pytest.raises(UserError, match="instance map is uint8, expected uint16"):
-        total.add(prediction, instances.astype(np.uint8))
+        total.count(prediction, instances.astype(np.uint8))
     assert not total.shares.any()

@@ -15,6 +15,7 @@ from tests.conftest import save
 from tests.scripts import FILES, SHORT, SMALL, evaluate, only_run, report_of, rows, told, train
 
 here, run = scripts.here, scripts.run
+SINGLE = {"scales": [1.0], "flip": False, "stitch": "exact", "resize_logits": "once"}
 
 
 def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
@@ -37,7 +38,7 @@ def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
     report = json.loads(path.read_text())
     assert report["miou"] == pytest.approx(max(scores.values()), abs=1e-6)
     assert report["images"] == report["split_images"] == 5
-    assert report["protocol"] == {"size": None, "align": 1, "window": None, "stride": None}
+    assert report["protocol"] == {"size": None, "align": 1, "window": None, "stride": None} | SINGLE
     assert {
         "miou",
         "macc",
@@ -52,7 +53,13 @@ def test_train_then_evaluate_gives_the_same_number(here, run) -> None:
         "versions",
     } <= report.keys()
     assert [row["name"] for row in report["per_class"]][:2] == ["sky", "building"]
-    assert set(report["per_class"][0]) == {"name", "iou", "acc", "precision", "dice", "pixels", "predicted_pixels"}
+    told = {"name", "color", "iou", "interval", "acc", "precision", "dice", "boundary_iou"}
+    assert set(report["per_class"][0]) == told | {"pixels", "predicted_pixels", "images", "predicted_images"}
+    low, high = report["intervals"]["miou"]
+    assert low <= report["miou"] <= high and report["duplicates"] == 0 and report["published"] is None
+    assert {file.name for file in path.parent.iterdir()} == {
+        *("report.json", "report.md", "report.html", "images.json"),
+    }
     assert path.with_suffix(".md").read_text().startswith("# mIoU ")
     assert path.parent.parent.name == "b0_toy" and path.parent.parent.parent.name == "reports"
 
@@ -93,7 +100,7 @@ def test_ade20k_trains_and_is_scored_by_its_protocol(here, run, ade20k) -> None:
     assert code == 0, err
     assert "4 train images, 3 val images, 150 classes, batch of 2" in out
     report = report_of(run(evaluate, f"checkpoint={only_run(here) / 'best.ckpt'}"))
-    assert report["protocol"] == {"size": [2048, 512], "align": 32, "window": None, "stride": None}
+    assert report["protocol"] == {"size": [2048, 512], "align": 32, "window": None, "stride": None} | SINGLE
     assert report["images"] == 3 and len(report["per_class"]) == 150
 
 
@@ -113,7 +120,7 @@ def test_cityscapes_scores_the_same_from_label_ids_and_label_train_ids(here, run
     assert "4 train images, 4 val images, 19 classes" in out
     checkpoint = f"checkpoint={only_run(here) / 'best.ckpt'}"
     first = report_of(run(evaluate, checkpoint))
-    assert first["protocol"] == {"size": None, "align": 1, "window": [1024, 1024], "stride": [768, 768]}
+    assert first["protocol"] == {"size": None, "align": 1, "window": [1024, 1024], "stride": [768, 768]} | SINGLE
     label_train_ids(cityscapes)
     second = report_of(run(evaluate, checkpoint))
     assert second["images"] == 4 and second["per_class"] == first["per_class"] and second["miou"] == first["miou"]

@@ -110,6 +110,7 @@ class SegmentationData(Loaders):
         )
         self.specs = {"train": train, "val": val}
         self.root, self.cache, self.check = root, cache, check
+        self.labels_needed = True  # False: images without masks may be predicted
         self.on_bad_sample, self.max_bad_share = on_bad_sample, max_bad_share
         self.instances, self.published = dict(instances or {}), dict(published or {})
 
@@ -144,7 +145,7 @@ class SegmentationData(Loaders):
         source = self.source(split)
         if isinstance(source, Stream):
             return source
-        if not source.labelled:
+        if not source.labelled and (self.labels_needed or split == "train"):
             raise UserError(f"data.{split} has images without masks: they can be predicted, not scored or trained on")
         if split != "train":
             return SegmentationDataset(source, self.encoder)

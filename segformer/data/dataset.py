@@ -1,4 +1,7 @@
-"""Source + label contract + transform -> {"image": (C, H, W) uint8, "mask": (H, W) uint8 with 255 = ignore}."""
+"""Source + label contract + transform -> {"image": (C, H, W) uint8, "mask": (H, W) uint8 with 255 = ignore}.
+
+A sample of an evaluation has its "name", too.
+"""
 
 import itertools
 import sys
@@ -7,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ from segformer.data.sampler import Draw, mix
 from segformer.data.samples import Sample, Source, Stream
 from segformer.data.transforms import TrainTransform
 from segformer.errors import UserError
-from segformer.labels import Classes, UndeclaredValues, WrongKind
+from segformer.labels import IGNORE, Classes, UndeclaredValues, WrongKind
 
 NAMED_FILES = 5  # with undeclared values, in one error
 SEARCH_SECONDS = 10.0  # at most, for the others of them
@@ -92,7 +96,7 @@ def _shared(length: int) -> Tensor:
     return flags
 
 
-class SegmentationDataset(Dataset[dict[str, Tensor]]):
+class SegmentationDataset(Dataset[dict[str, Any]]):
     """Samples by `Draw(sample, seed)` for training, by plain index for evaluation (no transform).
 
     skipped: takes what cannot be read while training goes on with another sample; None = the error is raised.
@@ -110,9 +114,9 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Draw | int) -> dict[str, Tensor]:
+    def __getitem__(self, key: Draw | int) -> dict[str, Any]:
         if not isinstance(key, Draw):
-            return self._encoded(key, partial(self._whole_sample, key))
+            return self._encoded(key, partial(self._whole_sample, key)) | {"name": self.source.name(key)}
         index, image, raw = self._readable(key)
         assert self.transform is not None, "a draw asks for a training sample"
         encode = partial(self.encoder.part, name=self.source.mask_name(index))
@@ -120,6 +124,9 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
         return self._encoded(index, transform)
 
     def _whole_sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if not self.source.labelled:
+            image = self.source.image(index)
+            return image, np.full(image.shape[:2], IGNORE, np.uint8)
         image, raw = self.source[index]
         return image, self.encoder.whole(raw, self.source.mask_name(index))
 
@@ -161,7 +168,7 @@ class SegmentationDataset(Dataset[dict[str, Tensor]]):
         return self.encoder.explained({self.source.mask_name(number): found[number] for number in sorted(found)})
 
 
-class StreamedDataset(IterableDataset[dict[str, Tensor]]):
+class StreamedDataset(IterableDataset[dict[str, Any]]):
     """The samples of a stream, shared out over processes and workers: endless for training, once for evaluation.
 
     seed: of order and augmentation. start: batches of `batch_size` that this process has taken before, so that a run
@@ -182,7 +189,7 @@ class StreamedDataset(IterableDataset[dict[str, Tensor]]):
         self.stream, self.encoder, self.transform, self.seed = stream, encoder, transform, seed
         self.rank, self.world, self.start, self.batch_size = rank, world, start, batch_size
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if self.transform is None:
@@ -192,9 +199,9 @@ class StreamedDataset(IterableDataset[dict[str, Tensor]]):
         taken = self.start // workers + (worker < self.start % workers)
         yield from self._drawn(self.rank * workers + worker, self.world * workers, taken * self.batch_size)
 
-    def _whole(self, part: int, parts: int) -> Iterator[dict[str, Tensor]]:
+    def _whole(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
         for sample in self.stream.shard(part, parts):
-            yield self._encoded(sample.name, partial(self._whole_sample, sample))
+            yield self._encoded(sample.name, partial(self._whole_sample, sample)) | {"name": sample.name}
 
     def _whole_sample(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         image, raw = sample.read()
@@ -230,7 +237,8 @@ def tensors(image: np.ndarray, mask: np.ndarray) -> dict[str, Tensor]:
     return {"image": torch.from_numpy(image).permute(2, 0, 1), "mask": torch.from_numpy(np.ascontiguousarray(mask))}
 
 
-def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch whose images lie in memory band by band last, as they were read: nothing is transposed on the way."""
     images: Tensor = default_collate([sample["image"].permute(1, 2, 0) for sample in samples])
-    return {"image": images.permute(0, 3, 1, 2), "mask": default_collate([sample["mask"] for sample in samples])}
+    batch = {"image": images.permute(0, 3, 1, 2), "mask": default_collate([sample["mask"] for sample in samples])}
+    return batch | {"name": [sample["name"] for sample in samples]} if "name" in samples[0] else batch
