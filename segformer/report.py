@@ -20,19 +20,11 @@ from segformer.files import write_atomically
 from segformer.inference import Protocol
 from segformer.labels import Classes
 from segformer.metrics import Scores, iou_of, mean_of
-from segformer.page import Example, write_page
+from segformer.page import SCORES, Example, write_page
 
 VERSION = 1  # of report.json
 IMAGES = "images.json"  # the confusion matrix of each image
-_HEADLINE = {
-    "miou": "mIoU",
-    "macc": "mAcc",
-    "aacc": "aAcc",
-    "fwiou": "fwIoU",
-    "mdice": "mDice",
-    "mprecision": "mPrecision",
-    "boundary_miou": "boundary mIoU",
-}
+_HEADLINE = {"miou": "mIoU", **SCORES}
 
 
 def build_report(
