@@ -51,7 +51,6 @@ FACTS = {
     "data": "Data",
     "checkpoint": "Checkpoint",
     "predictions": "Label maps",
-    "predictions": "Label maps",
     "weights_sha256": "SHA-256 of the weights",
     "precision": "Precision",
     "duplicates": "Images scored twice",
