@@ -26,7 +26,7 @@ def main(settings: DictConfig) -> float | None:
 def evaluate(config: dict[str, Any], own_data: str | None) -> float | None:
     from lightning.pytorch import Trainer  # not above: --help and a misspelt key need no torch
 
-    from segformer import callbacks, corruptions, evaluation, launch, states
+    from segformer import callbacks, evaluation, launch, states
     from segformer.data import check, datamodule
     from segformer.inference import Protocol
     from segformer.task import SegmentationTask
@@ -38,14 +38,14 @@ def evaluate(config: dict[str, Any], own_data: str | None) -> float | None:
     check.quick(data.opened("val"))
     if config["predictions"]:
         return job.report(evaluation.read(data, config["predictions"], config["predictions_values"]))
-    plan = build("corruptions", corruptions.Plan, config["corruptions"]) if "corruptions" in config else None
+    plan = evaluation.plan(config, data)
     changes = {key: value for key, value in config["protocol"].items() if value != "dataset"}
     protocol = build("protocol", Protocol, asdict(data.protocol) | changes)
     task = SegmentationTask(job.network(data.classes), protocol)
     counting = evaluation.Counting(data, config["submission"], job.output)
     own = {"callbacks": [callbacks.Progress(1), counting], "logger": False, "use_distributed_sampler": False}
     trainer = build("trainer", Trainer, options | {"precision": job.precision}, **own)
-    trainer.validate(task, data, verbose=False)
+    evaluation.validate(trainer, task, data)
     miou = job.report(counting, task)
     if plan:
         counting.done = True  # of corrupted images the score alone is kept

@@ -93,7 +93,7 @@ def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
     classes, rows, columns = logits.shape[1:]
     dtype = label_type(classes)
     if (rows, columns) == (height, width):
-        return logits.argmax(dim=1).to(dtype)
+        return finite(logits).argmax(dim=1).to(dtype)
     with torch.autocast(logits.device.type, enabled=False):
         maps = finite(logits.permute(0, 2, 3, 1).contiguous())
         # pruning pays for many values on a CPU, several pixels a cell; a GPU would wait for the count of open cells

@@ -24,7 +24,9 @@ def boundary_parts(prediction: np.ndarray, label: np.ndarray, classes: int, rati
     """
     labelled = label != IGNORE
     kind = np.uint8 if classes + 2 <= 255 else np.int16  # a filter of bytes is three times as fast
-    prediction, label = (np.where(labelled, values + 1, classes + 2).astype(kind) for values in (prediction, label))
+    prediction, label = (
+        np.where(labelled, values.astype(np.int16) + 1, classes + 2).astype(kind) for values in (prediction, label)
+    )
     distance = max(1, round(ratio * math.hypot(*label.shape)))
     expected, found = _near_contour(label, distance) & labelled, _near_contour(prediction, distance) & labelled
     hits = expected & found & (label == prediction)

@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 
 from segformer.bootstrap import LEVEL, RESAMPLES, Difference, paired
-from segformer.errors import UserError
+from segformer.errors import UserError, printable
 from segformer.files import new_folder, read_json, to_json, write_atomically
-from segformer.metrics import Parts, Tally, iou_of, mean_of
+from segformer.metrics import IMAGES, Parts, Tally, iou_of, mean_of
 from segformer.page import percent, points, render
 
 CHANGED = 10  # images that are listed: the ones that lose most and the ones that gain most
 SETTINGS = {"data": "data", "protocol_line": "protocol", "precision": "precision"}  # two models may differ in them
-TOLD = {"images": "images", **SETTINGS, "checkpoint": "checkpoint", "weights_sha256": "SHA-256 of the weights"}
+TOLD = {
+    "images": "images",
+    **SETTINGS,
+    "checkpoint": "checkpoint",
+    "predictions": "label maps",
+    "weights_sha256": "SHA-256 of the weights",
+}
 SIDES = {"A": "first", "B": "second"}
 _TYPED = str.maketrans("–−", "--")  # a terminal may know no other dashes
 
@@ -57,7 +63,7 @@ class Evaluation:
         """
         path = path / "report.json" if path.is_dir() else path
         report = _object(path, "report", "give the report.json that evaluate.py wrote")
-        beside = path.parent / str(report.get("per_image") or "images.json")
+        beside = path.with_name(IMAGES)
         images = _object(beside, "file of the images' scores", f"it belongs beside {path}: evaluate again")
         try:
             tally = Tally.from_json(images)
@@ -76,9 +82,9 @@ class Evaluation:
         miou, told = self.miou, self.report.get("miou")
         if miou is None:
             raise UserError(f"{beside} has no labelled pixel, so there is nothing to compare: evaluate labelled images")
-        if not isinstance(told, int | float) or not math.isclose(miou, told, abs_tol=1e-6):
+        if not isinstance(told, int | float) or abs(told) > 1 or not math.isclose(miou, told, abs_tol=1e-6):
             raise UserError(
-                f"{self.path} says mIoU {told}, but the images beside it make {miou:.6f}: the two files are not of "
+                f"{self.path} says mIoU {told!r}, but the images beside it make {miou:.6f}: the two files are not of "
                 "one evaluation; evaluate again"
             )
 
@@ -102,7 +108,8 @@ class Comparison:
 
     def below(self, limit: float) -> bool:
         """Whether B's mIoU lies more than `limit` points below A's: the measured difference, not its interval."""
-        return round(100 * self.difference.miou[0], 6) < -limit  # 0.745 - 0.75 is a little less than -0.005
+        gain = 100 * self.difference.miou[0]
+        return gain < 0 if limit == 0 else round(gain, 6) < -limit  # 0.745 - 0.75 is a little less than -0.005
 
     def verdict(self) -> str:
         """One sentence."""
@@ -144,19 +151,20 @@ class Comparison:
 
     def table(self) -> str:
         """The numbers as plain text, for a terminal and for a log."""
-        facts, wide = self.facts(), max(5, *(len(_plain(name)) for name in self.first.names))
+        facts, wide = self.facts(), max(5, *(len(printable(name)) for name in self.first.names))
         lines = [
-            f"{name}: mIoU {100 * facts[key]['miou']:.2f}  {_plain(facts[key]['path'])}" for name, key in SIDES.items()
+            f"{name}: mIoU {100 * facts[key]['miou']:.2f}  {printable(facts[key]['path'])}"
+            for name, key in SIDES.items()
         ]
         lines += ["", f"{'class':{wide}}  {'A':>6}  {'B':>6}   B - A  interval"]
         for row in facts["per_class"]:
             numbers = "  ".join(f"{_percent(row[key]):>6}" for key in ("first", "second"))
             ends = f"{_points(row['low'])} to {_points(row['high'])}"
-            lines.append(f"{_plain(row['name']):{wide}}  {numbers}  {_points(row['difference']):>6}  {ends}")
+            lines.append(f"{printable(row['name']):{wide}}  {numbers}  {_points(row['difference']):>6}  {ends}")
         for title, rows in (("lost most", self.losers), ("gained most", self.winners)):
             lines += ["", f"images that {title}:"] if rows else []
-            lines += [f"  {_points(after - before):>6}  {_plain(name)}" for name, before, after in rows]
-        return "\n".join([*lines, "", *(f"note: {_plain(note)}" for note in facts["notes"]), facts["verdict"]])
+            lines += [f"  {_points(after - before):>6}  {printable(name)}" for name, before, after in rows]
+        return "\n".join([*lines, "", *(f"note: {printable(note)}" for note in facts["notes"]), facts["verdict"]])
 
     @property
     def significance(self) -> str:
@@ -237,7 +245,7 @@ def write(found: Comparison, folder: Path) -> Path:
 def _object(path: Path, what: str, fix: str) -> dict[str, Any]:
     found = read_json(path)
     if found is None:
-        raise UserError(f"there is no {what} at {path}: {fix}")
+        raise UserError(f"there is no readable {what} at {path}: {fix}")
     return found
 
 
@@ -286,8 +294,3 @@ def _percent(share: float | None) -> str:
 
 def _points(share: float | None) -> str:
     return points(share).translate(_TYPED)
-
-
-def _plain(text: str) -> str:
-    """A name as a terminal can show it: no line ends, no control sequences, no bytes that are no text."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -88,7 +88,8 @@ class Plan:
 
     def __init__(self, names: Sequence[str], severities: Sequence[int], seed: int = 0) -> None:
         for key, value in (("names", names), ("severities", severities)):
-            if not isinstance(value, list | tuple) or not value or len(set(value)) < len(value):
+            plain = isinstance(value, list | tuple) and all(type(one) in (str, int) for one in value)
+            if not plain or not value or len(set(value)) < len(value):
                 raise UserError(f"corruptions.{key} is {value!r}, expected a list of different ones")
         self.pairs = [(name, severity) for name in names for severity in severities]
         self.seed = seed

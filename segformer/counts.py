@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -13,6 +12,7 @@ from segformer.cityscapes import InstanceCounts
 from segformer.errors import UserError
 from segformer.labels import Classes, read_mask
 from segformer.metrics import Tally, confusion_matrix
+from segformer.pixels import Readable
 
 
 class Counted(NamedTuple):
@@ -35,7 +35,7 @@ class Counts:
         self.boundary = np.zeros((3, len(classes)), np.int64)
         self.instances = _instance_counts(classes)
 
-    def count(self, prediction: np.ndarray, label: np.ndarray, instances: Path | None = None) -> Counted:
+    def count(self, prediction: np.ndarray, label: np.ndarray, instances: Readable | None = None) -> Counted:
         """What is in one image; changes nothing, so that threads may call it.
 
         prediction: (H, W) integers 0..K-1, or K for no class. label: (H, W) uint8 train ids, 255 = ignore. instances:
@@ -44,7 +44,10 @@ class Counts:
         classes = self.tally.classes
         shares = None
         if self.instances is not None and instances is not None:
-            shares = self.instances.count(prediction, read_mask(instances))
+            try:
+                shares = self.instances.count(prediction, read_mask(instances))
+            except UserError as error:
+                raise UserError(f"instance map {instances}: {error}") from error
         # one row and column more than classes: pixels of no class, and no label is that
         matrix = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(label), classes + 1)[:classes]
         return Counted(matrix.numpy(), boundary_parts(prediction, label, classes), shares)
@@ -87,5 +90,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 def _instance_counts(classes: Classes) -> InstanceCounts | None:
     if not classes.categories or not classes.instance_sizes or classes.of_colors:
         return None
-    ids = {name: int(np.flatnonzero(classes.lookup == index)[0]) for index, name in enumerate(classes.names)}
-    return InstanceCounts(classes.names, classes.categories, classes.instance_sizes, ids)
+    found = {name: np.flatnonzero(classes.lookup == index) for index, name in enumerate(classes.names)}
+    ids = {name: int(raw[0]) for name, raw in found.items() if len(raw)}  # data may lack a class
+    sizes = {name: size for name, size in classes.instance_sizes.items() if name in ids}
+    return InstanceCounts(classes.names, classes.categories, sizes, ids) if sizes else None

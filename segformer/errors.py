@@ -30,6 +30,14 @@ class SharedError(UserError):
     """One that every process meets at the same point: the first one tells it for all."""
 
 
+def printable(text: str, lines: bool = False) -> str:
+    """As a terminal may show it: what a file or a class is called could hold sequences that control one.
+
+    lines: whether the text may have several.
+    """
+    return "".join(sign if sign.isprintable() or (lines and sign == "\n") else "?" for sign in text)
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """`" (did you mean 'depth'?)"` for the closest of `words`, or an empty string."""
     close = get_close_matches(word, list(words), n=1)
@@ -76,6 +84,8 @@ def _require_type(name: str, value: Any, hint: Any) -> None:
 @contextmanager
 def explained() -> Iterator[None]:
     """Turns a user's error inside the block into `error: <sentence>` on stderr and exit code 1."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a name that it cannot encode must not end a command
     try:
         yield
     except Exception as error:
@@ -85,11 +95,20 @@ def explained() -> Iterator[None]:
             sys.exit(1)
         if not (process() and isinstance(error, SharedError)):
             where = f" in process {process()}" if process() else ""
-            print(f"error{where}: {redacted_text(sentence)}", file=sys.stderr)
+            print(f"error{where}: {printable(redacted_text(sentence), lines=True)}", file=sys.stderr)
         sys.exit(1)
 
 
-_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_DISK = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
 _LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed
 
 

@@ -13,23 +13,26 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tqdm import tqdm
 
 from segformer.checkpoints import model_name, training_config, weights_sha256
 from segformer.corruptions import Plan, markdown, table
 from segformer.counts import Counted, Counts, short_names
+from segformer.data.archives import Member
 from segformer.data.datamodule import SegmentationData
 from segformer.data.dataset import SegmentationDataset
-from segformer.data.samples import Source
-from segformer.errors import SharedError, UserError
+from segformer.data.samples import Elsewhere, Samples, Source
+from segformer.errors import SharedError, UserError, build
 from segformer.files import absolute, new_folder, write_atomically, write_json
 from segformer.inference import segment
 from segformer.labels import Classes
-from segformer.launch import process
+from segformer.launch import STOPPED, process
 from segformer.metrics import Tally, iou_of, mean_of
 from segformer.model import SegformerForSemanticSegmentation
 from segformer.page import SHOWN, Example
+from segformer.pixels import Readable
 from segformer.report import build_report, published, write_report
 from segformer.submit import Predictions, Writer
 from segformer.task import SegmentationTask
@@ -49,7 +52,7 @@ class Job:
     """
 
     def __init__(self, config: Mapping[str, Any], own_data: str | None) -> None:
-        source, predictions = config["checkpoint"], config["predictions"]
+        source, predictions = config["checkpoint"] or None, config["predictions"] or None
         if source is None and predictions is None:
             raise SharedError(
                 "'checkpoint' is not set: add checkpoint=PATH to score a network, or predictions=FOLDER and data=NAME "
@@ -60,6 +63,11 @@ class Job:
         if predictions and (own_data is None or config["submission"] or "corruptions" in config):
             raise SharedError(
                 "predictions=FOLDER needs data=NAME, and no submission or corruptions, which are made with a network"
+            )
+        limited = config["trainer"].get("limit_val_batches", 1.0) != 1.0
+        if predictions and (limited or {*config["protocol"].values()} != {"dataset"}):
+            raise SharedError(
+                "predictions=FOLDER are scored as they are, all of them: leave out protocol.* and limit_val_batches"
             )
         self.source = None if source is None else absolute(source)
         self.trained = {} if self.source is None else training_config(self.source, needed=own_data is None)
@@ -81,19 +89,22 @@ class Job:
 
     def report(self, counting: "Counting", task: SegmentationTask | None = None) -> float | None:
         """Writes and shows what was counted, on the first process; the mIoU, None where nothing is labelled."""
-        data, counts = counting.data, counting.counts
+        data, counts, whole = counting.data, counting.counts, counting.data.images("val")
+        scored = len(counts.tally)
+        if not scored:
+            raise SharedError("no image was scored, expected at least one: look at trainer.limit_val_batches")
         if process() == 0:
             self.folder = counting.folder or new_folder(self.output)
-            if counting.writer is not None and len(counts.tally) == data.images("val"):
-                print(counting.writer.finish())
-            elif counting.writer is not None:
-                told = f"{len(counts.tally)} of {data.images('val')} label maps"
-                print(f"warning: {told} were written: a submission needs all of them", file=sys.stderr)
-        if not any(map(len, counts.tally.cells.values())) and counting.writer is not None:
-            return None  # nothing is labelled, and label maps are what was asked for
-        facts = {**self.facts, "split_images": data.images("val"), "seconds": counting.seconds}
-        if task is not None:
-            facts["published"] = published(data.published, task.model.config, task.protocol)
+            if counting.writer is not None:
+                if scored != whole:
+                    told = f"{scored} of {whole} label maps were written: a submission needs all of them"
+                    print(f"warning: {told}", file=sys.stderr)
+                print(counting.writer.finish() if scored == whole else counting.writer.folder)
+        if not counting.labelled:
+            return None  # the label maps are what was asked for
+        facts = {**self.facts, "split_images": whole, "seconds": counting.seconds}
+        if task is not None and whole in (None, scored):
+            facts["published"] = published(data.published, task.model.config, task.protocol, data.protocol)
         report = build_report(counts, data.classes, task.protocol if task else None, facts)
         if process() == 0:
             write_report(self.folder, report, counts, counting.gallery, data.classes)
@@ -101,16 +112,23 @@ class Job:
         return miou
 
     def robustness(self, results: Iterable[tuple[str, int, float]], clean: float | None) -> None:
-        """Writes corruptions.json and corruptions.md anew after each score, then shows the latter."""
+        """Writes corruptions.json and corruptions.md anew after each score, then shows the latter.
+
+        Raises:
+            SharedError: there is no clean score to compare with.
+        """
+        if clean is None:
+            raise SharedError("no pixel is labelled, so corruptions have no score to lower: give images with masks")
         found: dict[tuple[str, int], float] = {}
         for corruption, severity, miou in results:
             found[corruption, severity] = miou
             if process() != 0:
                 continue
             print(f"{corruption} {severity}: mIoU {100 * miou:.2f}", file=sys.stderr)
-            rows = [row._asdict() for row in table(clean or 0.0, found)]
-            write_json(self.folder / "corruptions.json", {"version": 1, "clean": clean, "rows": rows})
-            text = markdown(clean or 0.0, table(clean or 0.0, found))
+            rows = table(clean, found)
+            told = {"version": 1, "clean": clean, "rows": [row._asdict() for row in rows]}
+            write_json(self.folder / "corruptions.json", told)
+            text = markdown(clean, rows)
             write_atomically(self.folder / "corruptions.md", partial(_write, text))
         if process() == 0:
             print(text, self.folder / "corruptions.json", self.folder / "report.json", sep="\n")
@@ -131,8 +149,9 @@ class Counting(pl.Callback):
         self.seconds = 0.0
         self.folder: Path | None = None  # of the submission and, beside it, the report
         self.names: dict[str, str] = {}  # of the samples, and what a report calls them; a stream tells none beforehand
-        self.instances: dict[str, Path] = {}
+        self.instances: dict[str, Readable] = {}
         self.source = data.datasets["val"].source if isinstance(data.datasets["val"], SegmentationDataset) else None
+        self.labelled = self.source is None or self.source.labelled
         if self.source is not None:
             self.names = short_names(self.source.name(index) for index in range(len(self.source)))
             self.instances = dict(_instance_maps(self.source, data.instances))
@@ -166,6 +185,8 @@ class Counting(pl.Callback):
         self._take(0)
         self._pool.shutdown()
         self.counts = _gathered(self.counts)
+        if self.source is None:
+            self.counts.tally = self.counts.tally.renamed(short_names(self.counts.tally.names))
         self.seconds = time.monotonic() - self._start
         scored, whole, limit = len(self.counts.tally), self.data.images("val"), trainer.limit_val_batches
         if isinstance(limit, float) and limit == 1 and whole not in (None, scored):  # the number 1 means one batch
@@ -230,16 +251,38 @@ def read(data: SegmentationData, folder: str, values: str) -> Counting:
     return counting
 
 
+def plan(config: Mapping[str, Any], data: SegmentationData) -> Plan | None:
+    """What the config section `corruptions` asks for, if there is one; raises UserError where it cannot be had."""
+    if "corruptions" not in config:
+        return None
+    dataset = data.datasets["val"]
+    if not isinstance(dataset, SegmentationDataset):
+        raise SharedError("corruptions need samples by number: take data.val.streaming=false")
+    if not dataset.source.labelled:
+        raise SharedError("corruptions lower a score, but data.val has images without masks: leave out corruptions")
+    if data.bands != 3:
+        raise SharedError(f"data.bands is {data.bands}, but only images of 3 bands can be corrupted: leave them out")
+    return build("corruptions", Plan, config["corruptions"])
+
+
+def validate(trainer: pl.Trainer, task: SegmentationTask, data: SegmentationData) -> None:
+    """Lightning's, but a signal to stop is told and ends the command with the exit code of one."""
+    try:
+        trainer.validate(task, data, verbose=False)
+    except SIGTERMException:  # it would exit with 0
+        print("stopped by a signal: no report was written", file=sys.stderr)
+        sys.exit(STOPPED)
+
+
 def corrupted(
     trainer: pl.Trainer, task: SegmentationTask, data: SegmentationData, plan: Plan
 ) -> Iterator[tuple[str, int, float]]:
     """Corruption, severity and the mIoU under it, as one after the other is measured."""
     clean = data.datasets["val"]
-    if not isinstance(clean, SegmentationDataset):
-        raise SharedError("corruptions need samples by number: take data.val.streaming=false")
+    assert isinstance(clean, SegmentationDataset)
     for source in plan.sources(clean.source):
         data.datasets["val"] = SegmentationDataset(source, clean.encoder)
-        trainer.validate(task, data, verbose=False)
+        validate(trainer, task, data)
         yield source.corruption, source.severity, task.scores.miou
     data.datasets["val"] = clean
 
@@ -278,16 +321,30 @@ def _chosen(tally: Tally) -> dict[str, tuple[Literal["worst", "median", "best"],
     return {tally.names[index]: (rank, float(scores[index])) for rank, indices in ranks for index in indices}
 
 
-def _instance_maps(source: Source, endings: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
+def _instance_maps(source: Source, endings: Mapping[str, str]) -> Iterator[tuple[str, Readable]]:
     """The instance map beside the mask of each sample; none at all where one is missing, which is told."""
     found = []
-    for index in range(len(source)) if endings else ():
-        mask = source.mask_name(index)
-        ending = next((ending for ending in endings if mask.endswith(ending)), None)
-        file = Path(mask.removesuffix(ending or "") + endings.get(ending or "", ""))
-        if ending is None or not file.is_file():
+    for index in range(len(source)) if endings and source.labelled else ():
+        file = _beside(source, index, endings)
+        if file is None:
             if process() == 0:
-                print(f"warning: no instance map at {file} for mask {mask}: iIoU is left out", file=sys.stderr)
+                mask = source.mask_name(index)
+                print(f"warning: no instance map beside mask {mask}: iIoU is left out", file=sys.stderr)
             return
         found.append((source.name(index), file))
     yield from found
+
+
+def _beside(source: Source, index: int, endings: Mapping[str, str]) -> Readable | None:
+    """The file beside a mask, in a folder or an archive, that is called as it but for the end."""
+    while isinstance(source, Elsewhere):
+        source, index = source.at(index)
+    mask = source.files[index][1] if isinstance(source, Samples) else None
+    ending = next((ending for ending in endings if str(mask).endswith(ending)), None)
+    if ending is None:
+        return None
+    if isinstance(mask, Member):
+        name = mask.name.removesuffix(ending) + endings[ending]
+        return Member(mask.archive, name) if mask.archive.is_file(name) else None
+    file = Path(str(mask).removesuffix(ending) + endings[ending])
+    return file if file.is_file() else None

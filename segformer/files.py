@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:  # not JSON, not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected an object of settings")
@@ -71,7 +71,8 @@ def write_atomically(
 
     before_replacing: called with the path once the new file is safe on the disk, if the present one shall be kept.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # several processes may write the same file
+    # several processes may write the same file; and its own name may be as long as a name can be
+    temporary = path.with_name(f".{uuid4().hex[:8]}{path.suffix[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -81,6 +82,10 @@ def write_atomically(
             before_replacing(path)
         temporary.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)  # a full disk does not say which file had no room
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

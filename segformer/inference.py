@@ -26,6 +26,7 @@ ONE_BY_ONE = 512 * 512
 # Pixels of windows that a GPU sees at once; a CPU, for the reason above, takes one window after the other.
 WINDOW_PIXELS = 4 * 1024 * 1024
 REDUCTION = 4  # of pixels to logits, per side
+MAX_SIDE, MAX_SCALE = 2**20, 100  # beyond these it is a mistake
 FEWEST_ROWS = 16  # of a band, however wide it is: fewer are made too slowly
 
 Stitch = Literal["exact", "quarter"]
@@ -34,9 +35,9 @@ ResizeLogits = Literal["once", "twice"]
 
 def pair(name: str, value: Any) -> tuple[int, int]:
     """A setting that is one side or a list of two, as two positive integers."""
-    sides = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
-        raise UserError(f"{name} is {value!r}, expected a positive integer or a list of two")
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+        raise UserError(f"{name} is {value!r}, expected a positive integer or a list of two, at most {MAX_SIDE}")
     return sides[0], sides[1]
 
 
@@ -75,7 +76,7 @@ class Protocol:
         if self.size is not None:
             size = pair("protocol.size", self.size)
             object.__setattr__(self, "size", size[0] if isinstance(self.size, int) else (max(size), min(size)))
-        if not isinstance(self.align, int) or self.align < 1:
+        if type(self.align) is not int or self.align < 1:
             raise UserError(f"protocol.align is {self.align!r}, expected an integer of at least 1")
         if stride and not window:
             raise UserError(f"protocol.stride is {self.stride} without a window: add protocol.window")
@@ -122,10 +123,12 @@ class Protocol:
 
 
 def _scales(value: Any) -> tuple[float, ...]:
-    scales = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    numbers = all(isinstance(scale, int | float) and not isinstance(scale, bool) for scale in scales)
-    if not scales or not numbers or not all(0 < scale < math.inf for scale in scales):
-        raise UserError(f"protocol.scales is {value!r}, expected a list of positive numbers like [0.75, 1.0, 1.25]")
+    scales = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not scales or not all(type(scale) in (int, float) and 0 < scale <= MAX_SCALE for scale in scales):
+        raise UserError(
+            f"protocol.scales is {value!r}, expected a list of numbers above 0, at most {MAX_SCALE}, like "
+            "[0.75, 1.0, 1.25]"
+        )
     return tuple(float(scale) for scale in scales)
 
 
@@ -295,7 +298,9 @@ class _Windows:
     def rows(self, first: int, last: int) -> Tensor:
         self.open = [window for window in self.open if window[0] + self.extent[0] > first]
         while self.waiting and self.waiting[0] // self.unit < last:
-            self.open += self._seen(self.waiting.pop(0))
+            top = self.waiting.pop(0)
+            if top // self.unit + self.extent[0] > first:  # a tiny image is enlarged over whole windows
+                self.open += self._seen(top)
         total = None
         for top, left, rows in self.open:
             begin, end = max(first, top), min(last, top + self.extent[0])

@@ -19,6 +19,7 @@ from segformer.files import reason
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # (N, K) int64 pixels of each image: hit, labelled, predicted
 EXACT = 2**24  # OpenCV counts in float32: a part of no more pixels loses none
 VERSION = 1  # of the scores of images as they are written
+IMAGES = "images.json"  # the file of them, beside report.json
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -161,6 +162,12 @@ class Tally:
             np.add.at(predicted[index], prediction, pixels)
         return hits[:, :-1], labelled[:, :-1], predicted[:, :-1]
 
+    def renamed(self, names: Mapping[str, str]) -> "Tally":
+        """The same images by other names."""
+        tally = Tally(self.classes)
+        tally.cells = {names[name]: cells for name, cells in self.cells.items()}
+        return tally
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: {"version", "classes", "images": [[name, [[label, prediction, pixels], ...]], ...]}."""
         images = [[name, self.cells[name].tolist()] for name in self.names]
@@ -178,11 +185,11 @@ class Tally:
         try:
             tally = cls(int(values["classes"]))
             for name, cells in values["images"]:
-                found = np.array(cells, np.int64).reshape(-1, 3)
+                found = np.array(cells or np.zeros((0, 3), int))
+                if found.dtype != np.int64 or found.ndim != 2 or found.shape[1] != 3 or name in tally.cells:
+                    raise ValueError(repr(name))
                 if found.size and (found.min() < 0 or (found.max(axis=0)[:2] - [0, 1] >= tally.classes).any()):
-                    raise ValueError(name)
-                if name in tally.cells:
-                    raise ValueError(name)
+                    raise ValueError(repr(name))
                 tally.cells[str(name)] = found
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"scores of images are damaged ({reason(error)}): evaluate again") from error

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from segformer import bootstrap
 from segformer.cityscapes import category_iou, mean_score
 from segformer.config import VARIANTS, SegformerConfig
 from segformer.counts import Counts
+from segformer.errors import printable
 from segformer.files import write_atomically
 from segformer.inference import Protocol
 from segformer.labels import Classes
-from segformer.metrics import Scores, iou_of, mean_of
+from segformer.metrics import IMAGES, Scores, iou_of, mean_of
 from segformer.page import SCORES, Example, write_page
 
 VERSION = 1  # of report.json
-IMAGES = "images.json"  # the confusion matrix of each image
 _HEADLINE = {"miou": "mIoU", **SCORES}
 
 
@@ -85,10 +85,10 @@ def write_report(
 ) -> Path:
     """Writes `report.json`, `report.md`, `report.html` and `images.json`, shows the second; returns the first."""
     path = folder / "report.json"
-    text, images = _markdown(report), json.dumps(counts.tally.to_json(), separators=(",", ":"))
+    text, images = printable(_markdown(report), lines=True), json.dumps(counts.tally.to_json(), separators=(",", ":"))
     values = json.dumps(report, indent=2, allow_nan=False) + "\n"
     write_atomically(folder / IMAGES, lambda file: file.write(images.encode()))
-    write_atomically(path.with_suffix(".md"), lambda file: file.write(text.encode(errors="replace")))
+    write_atomically(path.with_suffix(".md"), lambda file: file.write(text.encode()))
     write_page(path.with_suffix(".html"), report, gallery, classes)
     write_atomically(path, lambda file: file.write(values.encode()))
     print(text, path, sep="\n")
@@ -139,14 +139,19 @@ def describe(protocol: Protocol) -> str:
     return ", ".join([*parts, "scored at the label's own size"])
 
 
-def published(figures: Mapping[str, Mapping[str, float]], config: SegformerConfig, protocol: Protocol) -> Any:
+def published(
+    figures: Mapping[str, Mapping[str, float]], config: SegformerConfig, protocol: Protocol, usual: Protocol
+) -> Any:
     """{"miou", "source"}: what the paper has for this network, one scale or several; None where it has nothing.
 
-    figures: `data.published`. Only a variant of the paper is compared with it, by its depths and widths.
+    figures: `data.published`. Only a variant of the paper is compared with it, by its depths and widths, and only by
+    the dataset's `usual` protocol, to which several scales with flip may be added.
     """
+    if protocol.flip != (len(protocol.scales) > 1) or replace(protocol, scales=usual.scales, flip=usual.flip) != usual:
+        return None
     variant = next((name for name, row in VARIANTS.items() if all(getattr(config, key) == row[key] for key in row)), "")
     several = len(protocol.scales) > 1
-    miou = figures.get("multi_scale" if several else "single_scale", {}).get(variant)
+    miou = (figures.get("multi_scale" if several else "single_scale") or {}).get(variant)
     if miou is None:
         return None
     how = "multi-scale with flip" if several else "single scale"

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -106,7 +106,7 @@ class Predictions:
 
     A sample's file is called as its image (without _leftImg8bit, _image or _img, if need be), or so and then _, - or .
     and anything: aachen_000000_000019_pred_labelIds.png. Of several the one whose folders agree most with the image's,
-    then the one without an addition, is meant; other files are left alone.
+    then the one in the fewest others, then the one without an addition, is meant; other files are left alone.
     values: what they hold: "raw" (what the dataset's masks hold), "train" (train ids) or "color" (the colours of
     data.classes). names: of all samples (`Source.name`). max_pixels: of one file.
 
@@ -206,6 +206,10 @@ def _files(kind: str, names: Sequence[str]) -> dict[str, str]:
         if key in taken:
             raise UserError(f"samples {taken[key]} and {name} would share the file {key}: rename one of them")
         files[name], taken[key] = path, name
+    above = {str(parent) for path in files.values() for parent in PurePosixPath(path).parents}
+    for name, path in files.items():
+        if path in above:
+            raise UserError(f"the file {path} of sample {name} would be the folder of others, too: rename one of them")
     return files
 
 
@@ -258,7 +262,11 @@ def _table(kind: str, classes: Classes) -> np.ndarray:
         return np.arange(1, _ADE_CLASSES + 1, dtype=np.uint8)
     if classes.of_colors:
         raise UserError(f"submission={kind} writes raw ids, but the masks of the data hold colours: take color")
-    table = np.array([np.flatnonzero(classes.lookup == index)[0] for index in range(len(classes))])
+    raws = [np.flatnonzero(classes.lookup == index)[:1] for index in range(len(classes))]
+    for name, raw in zip(classes.names, raws, strict=True):
+        if not len(raw):
+            raise UserError(f"class {name!r} has no raw id in data.classes: take submission=train_ids or color")
+    table = np.concatenate(raws)
     if kind == "cityscapes" and not set(table.tolist()) <= _STREET_IDS:
         index = next(index for index, raw in enumerate(table.tolist()) if raw not in _STREET_IDS)
         raise UserError(
@@ -284,6 +292,7 @@ def _in_colors(classes: Classes) -> Classes:
 
 class _Candidate(NamedTuple):
     folders: int  # how many of the last ones are those of the image
+    others: int  # how many it has beside these, as a negative number
     exact: int  # 2: called as the image, 1: without what stands for images alone, 0: with an addition
     place: Place
 
@@ -303,7 +312,8 @@ def _matched(folder: Place, names: Sequence[str]) -> dict[str, Place]:
         meant = next((stem for stem in _shortened(own[-1]) if stem in stems), None)
         for name in stems[meant] if meant is not None else ():
             exact = (own[-1] == meant) + (own[-1] == samples[name][-1])
-            found[name].append(_Candidate(_agreeing(own[-2::-1], samples[name][-2::-1]), exact, place))
+            folders = _agreeing(own[-2::-1], samples[name][-2::-1])
+            found[name].append(_Candidate(folders, folders - len(own) + 1, exact, place))
     missing = [name for name in samples if name not in found]
     if missing:
         stem = _OF_IMAGES.sub("", samples[missing[0]][-1])
@@ -341,8 +351,8 @@ def _agreeing(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def _best(name: str, candidates: Sequence[_Candidate]) -> Place:
-    most = max(candidate[:2] for candidate in candidates)
-    best = [candidate.place for candidate in candidates if candidate[:2] == most]
+    most = max(candidate[:3] for candidate in candidates)
+    best = [candidate.place for candidate in candidates if candidate[:3] == most]
     if len(best) > 1:
         raise UserError(
             f"sample {name} has {len(best)} predictions, {_few(map(str, best))}, expected one: "

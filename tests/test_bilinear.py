@@ -127,6 +127,12 @@ def test_large_maps_agree_with_the_naive_way_in_float32() -> None:
         assert agreement(found, naive(logits, (512, 512))) > 0.99999
 
 
+def test_a_logit_that_is_no_number_does_not_win_at_the_size_it_has() -> None:
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[0, 1], logits[0, 2] = torch.nan, 1
+    assert (upsample_argmax(logits, 4, 4) == 2).all() and (upsample_argmax(logits, 8, 8) == 2).all()
+
+
 @pytest.mark.parametrize("low", [(16, 16), (128, 128)])  # dense and pruned
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])
 def test_classes_that_are_ruled_out_win_nowhere(low, value) -> None:

@@ -69,3 +69,12 @@ def test_more_classes_than_a_byte_holds_are_counted() -> None:
     label = np.full((20, 20), 7, np.int16)
     label[5:, 5:] = 299
     assert boundary_parts(label, label, 300)[0, 299] > 0
+
+
+@pytest.mark.parametrize("classes", [252, 253, 254, 255])
+@pytest.mark.parametrize("kind", [np.uint8, np.int16])
+def test_ignored_pixels_are_no_class_however_many_there_are(classes, kind) -> None:
+    label = np.zeros((40, 40), np.uint8)
+    label[:, 20:] = 255
+    prediction = np.zeros((40, 40), kind)
+    assert boundary_parts(prediction, label, classes)[:, 0].tolist() == [116] * 3  # the rim of 20 x 40

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -382,6 +383,18 @@ def test_a_failing_write_leaves_the_previous_file_as_it_was(tmp_path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, half)
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file_and_the_longest_name_fits(tmp_path) -> None:
+    def full(file) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / ("a" * 250 + ".json")
+    with pytest.raises(OSError, match="No space left") as told:
+        write_atomically(path, full)
+    assert told.value.filename == str(path)  # of which `errors.explained` makes a sentence
+    write_atomically(path, lambda file: file.write(b"{}"))
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(

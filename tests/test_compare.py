@@ -1,6 +1,9 @@
 """Two evaluations are written as evaluate.py writes them, from label maps whose scores a loop over pixels knows."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,13 @@ import numpy as np
 import pytest
 
 from segformer.compare import Evaluation, compare, run, write
+from segformer.counts import Counts
 from segformer.errors import UserError
+from segformer.labels import Classes
 from segformer.metrics import Tally
+from segformer.report import build_report, write_report
 from tests.browser import Reader, browser, needs_chromium
+from tests.conftest import ROOT
 
 Maps = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> label, prediction
 NAMES = ("road", "car", "sky")
@@ -198,7 +205,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
             save(tmp_path / "labels", relabelled),
             f"'image 005.png' has {(label == 0).sum()} pixels of 'road' .* but 0 in",
         ),
-        (tmp_path / "nowhere" / "report.json", "there is no report at .*nowhere"),
+        (tmp_path / "nowhere" / "report.json", "there is no readable report at .*nowhere"),
     ):
         with pytest.raises(UserError, match=sentence):
             compare(first, other)
@@ -220,7 +227,7 @@ def test_a_damaged_evaluation_is_one_sentence(tmp_path: Path) -> None:
     images.write_text(whole.replace('"version": 1', '"version": 7'))
     assert "images.json: scores of images are of version 7, expected 1" in sentence()
     images.unlink()
-    assert "there is no file of the images' scores at" in sentence() and "evaluate again" in sentence()
+    assert "there is no readable file of the images' scores at" in sentence() and "evaluate again" in sentence()
     images.write_text(json.dumps({"version": 1, "classes": 2, "images": []}))
     assert "report.json has 3 classes" in sentence()
     images.write_text(json.dumps({"version": 1, "classes": 3, "images": [["one", []]]}))
@@ -228,10 +235,36 @@ def test_a_damaged_evaluation_is_one_sentence(tmp_path: Path) -> None:
     images.write_text(whole)
     path.write_text(json.dumps(report | {"miou": 0.9}))
     assert "says mIoU 0.9, but the images beside it make 0.6" in sentence()
+    path.write_text(json.dumps(report | {"miou": 10**400}))
+    assert "says mIoU 1000" in sentence()
+    path.write_text("[" * 100_000)
+    assert "report.json is not valid JSON" in sentence()
+    path.write_text("null")
+    assert "there is no readable report at" in sentence()
     path.write_text(json.dumps(report | {"per_class": ["road"]}))
     assert "has no per_class with names" in sentence()
     path.write_text("[]")
     assert "holds a list" in sentence()
+
+
+def test_any_loss_is_below_zero_points(tmp_path: Path) -> None:
+    matrix = np.array([[10**9, 0], [0, 10**9]])
+    for name, lost in (("a", 0), ("b", 1)):
+        counts = Counts(Classes.from_config(["x", "y"]))
+        counts.tally.add("1.png", matrix - [[lost, -lost], [0, 0]])
+        (tmp_path / name).mkdir()
+        report = build_report(counts, Classes.from_config(["x", "y"]), None, {})
+        write_report(tmp_path / name, report, counts, [], Classes.from_config(["x", "y"]))
+    assert run(tmp_path / "a", tmp_path / "b", str(tmp_path / "out"), 0) == 1
+    assert run(tmp_path / "a", tmp_path / "a", str(tmp_path / "out"), 0) == 0
+
+
+def test_a_terminal_that_cannot_show_a_name_ends_no_command(tmp_path: Path) -> None:
+    save(tmp_path / "a", maps(0.3), ("Straße", "道路", "sky"))
+    command = [sys.executable, "-m", "segformer", "compare", "a", "a", "--fail-below", "0"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True, check=False)
+    assert done.returncode == 0 and b"Stra?e" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("limit", [-0.1, float("nan"), 101])

@@ -46,8 +46,9 @@ def test_pixels_of_no_class_are_missed_by_their_label_and_found_by_nobody(classe
     label = np.full((40, 40), classes - 1, np.uint8)
     prediction = label.copy()
     prediction[:, 20:] = classes
+    label[:, 36:] = 255
     counts.add("a", counts.count(prediction, label))
-    assert counts.tally.cells["a"].tolist() == [[classes - 1, classes - 1, 800], [classes - 1, classes, 800]]
+    assert counts.tally.cells["a"].tolist() == [[classes - 1, classes - 1, 800], [classes - 1, classes, 640]]
     hit, labelled, predicted = counts.boundary[:, classes - 1]
     assert 0 < hit < labelled and predicted >= hit and not counts.boundary[:, : classes - 1].any()
 
@@ -81,6 +82,20 @@ def test_any_split_over_processes_counts_the_same(tmp_path) -> None:
     things = np.random.default_rng(1).choice([7, 24001, 24002, 26005, 33001], images[names[0]][1].shape)
     expected.add(expected.count(images[names[0]][0], things.astype(np.uint16)))
     assert counted(names[:1]).instances.shares.tolist() == expected.shares.tolist()
+
+
+def test_a_class_that_the_masks_lack_has_no_instances() -> None:
+    section = yaml.safe_load((ROOT / "configs/data/cityscapes.yaml").read_text())["data"]
+    section["classes"]["train"]["ids"] = []
+    counts = Counts(Classes.from_config(section["classes"], "rest"))
+    assert counts.instances.class_iiou(np.eye(19, dtype=int)).keys() == street().instance_sizes.keys() - {"train"}
+
+
+def test_an_instance_map_that_is_none_is_named(tmp_path) -> None:
+    counts, (image, *_) = Counts(street()), frames(1, 19).values()
+    save(tmp_path / "map.png", np.zeros(image[0].shape, np.uint8))
+    with pytest.raises(UserError, match="instance map .*map.png: the instance map is uint8, expected uint16"):
+        counts.count(*image, tmp_path / "map.png")
 
 
 def test_names_are_what_differs_on_every_machine() -> None:

@@ -1,6 +1,7 @@
 """evaluate.py beyond a number: the report of record, label maps in files, corrupted images."""
 
 import json
+import shutil
 import sys
 from copy import copy
 from pathlib import Path
@@ -8,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 from segformer.corruptions import FAMILIES
 from segformer.data.datamodule import SegmentationData
+from segformer.data.samples import Sample, Stream
+from segformer.data.toy import ToyScenes
 from segformer.errors import UserError, build
-from segformer.evaluation import Counting, _chosen
+from segformer.evaluation import Counting, _chosen, plan, validate
 from segformer.inference import Protocol, segment
 from segformer.metrics import Tally
 from segformer.task import SegmentationTask
@@ -74,7 +78,8 @@ def test_without_instance_maps_iiou_is_left_out_and_told(cityscapes, capsys) -> 
     section = composed("data=cityscapes", f"data.root={cityscapes}")["data"]
     data = build("data", SegmentationData, section).opened("val")
     assert Counting(data).instances == {}
-    assert f"no instance map at {gone}" in capsys.readouterr().err
+    mask = str(gone).replace("instanceIds", "labelIds")
+    assert f"no instance map beside mask {mask}: iIoU is left out" in capsys.readouterr().err
 
 
 NATIVE = ["model.pretrained=null", "data.crop_size=128", "data.batch_size=2", "data.workers=0", "trainer.max_steps=2"]
@@ -114,6 +119,9 @@ def test_a_cityscapes_submission_is_scored_alike_by_the_official_script(here, ru
     assert report["published"]["miou"] == 0.762 and len(report["weights_sha256"]) == 64
 
     data = ["data=cityscapes", f"data.root={cityscapes}"]
+    shutil.make_archive(str(here / "packed"), "zip", cityscapes)
+    packed = report_of(run(evaluate, f"checkpoint={checkpoint}", data[0], "data.root=packed.zip", "data.workers=0"))
+    assert packed["cityscapes"] == ours  # instance maps are found in an archive, too
     again = report_of(run(evaluate, f"predictions={folder}", *data))
     same = ("miou", "per_class", "cityscapes", "confusion", "boundary_miou", "intervals", "images")
     assert all(again[key] == report[key] for key in same) and again["checkpoint"] is None
@@ -152,6 +160,8 @@ def test_images_without_masks_are_submitted_and_not_scored(here, run, ade20k) ->
     code, out, err = run(evaluate, checkpoint, *test, "submission=ade")
     assert code == 0, err
     archive = Path(out.strip().splitlines()[-1])
+    code, out, err = run(evaluate, checkpoint, *test, "submission=ade", "trainer.limit_val_batches=1")
+    assert code == 0 and out.strip().endswith("/submission") and "1 of 2 label maps were written" in err
     assert archive.name == "submission.zip" and archive.is_file() and not list(archive.parent.glob("report.*"))
     with Image.open(archive.parent / "submission/ADE_test_00000001.png") as image:
         assert image.size == (61, 40) and np.array(image).min() >= 1
@@ -180,6 +190,9 @@ BAD = {
     "two things": (["checkpoint=a.ckpt", "predictions=b"], "are two things: score one of them"),
     "predictions of what": (["predictions=b"], "predictions=FOLDER needs data=NAME"),
     "predictions and a submission": (["predictions=b", "data=toy", "submission=ids"], "no submission or corruptions"),
+    "an empty name": (["predictions="], "'checkpoint' is not set: add checkpoint=PATH"),
+    "a part of predictions": (["predictions=b", "data=toy", "trainer.limit_val_batches=2"], "scored as they are"),
+    "predictions by a protocol": (["predictions=b", "data=toy", "protocol.flip=true"], "scored as they are"),
     "no such folder": (["predictions=b", "data=toy"], "predictions=b is not a folder or zip file"),
     "unknown values": (["predictions=.", "data=toy", "predictions_values=rgb"], "predictions_values is 'rgb'"),
 }
@@ -207,6 +220,35 @@ def test_what_cannot_be_done_with_a_checkpoint_is_one_sentence(here, run, monkey
     assert not list(here.glob("reports/*/*"))
 
 
+def test_corruptions_that_cannot_be_are_refused_before_anything_is_scored(ade20k) -> None:
+    from tests.test_configs import composed
+
+    section = composed("data=ade20k", f"data.root={ade20k}")["data"]
+    asked = {"corruptions": {"names": ["fog"], "severities": [1]}}
+    unlabelled = section | {"val": {"images": "images/validation/*.jpg", "masks": None}}
+    bands = section | {"bands": 4, "mean": [0.0] * 4, "std": [1.0] * 4}
+    for own, sentence in ((unlabelled, "images without masks: leave out corruptions"), (bands, "data.bands is 4, but")):
+        data = build("data", SegmentationData, own)
+        data.labels_needed = False
+        with pytest.raises(UserError, match=sentence):
+            plan(asked, data.opened("val"))
+        assert plan({}, data) is None
+    data = build("data", SegmentationData, section).opened("val")
+    for names in ([["fog"]], [None], ["fog", "fog"], "fog"):
+        with pytest.raises(UserError, match="corruptions.names is .*, expected a list of different ones"):
+            plan({"corruptions": {"names": names, "severities": [1]}}, data)
+
+
+def test_a_signal_to_stop_is_no_success(capsys) -> None:
+    class Stopped:
+        def validate(self, *_, **__) -> None:
+            raise SIGTERMException
+
+    with pytest.raises(SystemExit) as stop:
+        validate(Stopped(), None, None)
+    assert stop.value.code == 143 and "stopped by a signal: no report was written" in capsys.readouterr().err
+
+
 def test_two_samples_of_one_name_are_told_before_any_is_scored() -> None:
     class Twins:
         def __len__(self) -> int:
@@ -230,3 +272,15 @@ def test_the_configuration_lists_all_corruptions() -> None:
 
     names = yaml.safe_load((CONFIGS / "corruptions/cityscapes_c.yaml").read_text())["names"]
     assert names == [name for family in FAMILIES.values() for name in family]
+
+
+def test_samples_of_a_stream_are_called_as_on_any_other_machine(tmp_path) -> None:
+    class Rows(Stream):
+        def shard(self, index: int, count: int, epoch: int | None = None):
+            for number in range(index, 4, count):
+                scene = ToyScenes(4, 1)[number]
+                yield Sample(f"{tmp_path}/part[{number}].png", lambda scene=scene: scene)
+
+    counting, _ = counted(0, val=Rows())
+    assert counting.counts.tally.names == [f"part[{number}].png" for number in range(4)]
+    assert not counting.gallery  # a stream is not read twice

@@ -340,15 +340,19 @@ def test_parts_that_a_caller_keeps_in_eval_mode_stay_there(tiny, images) -> None
         ({"stride": 5}, "without a window"),
         ({"window": 64, "stride": 65}, "pixels would be missed"),
         ({"align": 0}, "protocol.align is 0"),
+        ({"align": True}, "protocol.align is True"),
+        ({"size": b"ab"}, "protocol.size is b'ab'"),
+        ({"size": 10**30}, "at most 1048576"),
+        ({"scales": 10**400}, "expected a list of numbers above 0, at most 100"),
         ({"size": [1, 2, 3]}, "list of two"),
         ({"size": 0}, "protocol.size is 0"),
         ({"size": True}, "protocol.size is True"),
         ({"scales": []}, r"protocol.scales is \[\]"),
         ({"scales": "1.0"}, "protocol.scales is '1.0'"),
-        ({"scales": [1.0, 0]}, "expected a list of positive numbers"),
-        ({"scales": [1.0, True]}, "expected a list of positive numbers"),
-        ({"scales": [float("nan")]}, "expected a list of positive numbers"),
-        ({"scales": [float("inf")]}, "expected a list of positive numbers"),
+        ({"scales": [1.0, 0]}, "expected a list of numbers above 0, at most 100"),
+        ({"scales": [1.0, True]}, "expected a list of numbers above 0, at most 100"),
+        ({"scales": [float("nan")]}, "expected a list of numbers above 0, at most 100"),
+        ({"scales": [float("inf")]}, "expected a list of numbers above 0, at most 100"),
         ({"flip": 1}, "protocol.flip is 1, expected true or false"),
         ({"stitch": "quater"}, r"'quater' \(did you mean 'quarter'\?\): choose from exact, quarter"),
         ({"resize_logits": 2}, "protocol.resize_logits is 2: choose from once, twice"),
@@ -364,3 +368,10 @@ def test_impossible_protocols_are_told(options, message) -> None:
 def test_quarter_stitching_of_windows_between_the_places_of_logits_is_told(tiny, images) -> None:
     with pytest.raises(UserError, match=r"resized to 70 x 100 .* rows \[0, 6\] .* add protocol.align=4"):
         segment(tiny, images, Protocol(window=64, stride=48, stitch="quarter"))
+
+
+def test_an_image_of_a_few_pixels_is_enlarged_over_whole_windows(tiny) -> None:
+    image = torch.randint(0, 256, (1, 3, 2, 6), dtype=torch.uint8)
+    protocol = Protocol(size=300, window=64, stride=48)
+    model = tiny.double()
+    assert (segment(model, image, protocol) == restated(model, image, protocol)).all()

@@ -72,11 +72,20 @@ def test_the_papers_figure_is_that_of_the_same_network_and_number_of_scales() ->
     figures = {"single_scale": {"b0": 37.4}, "multi_scale": {"b0": 38.0}}
     b0, b1, other = (SegformerConfig.from_variant(*own) for own in (("b0",), ("b1",), ("b0",)))
     other.decoder_hidden_size = 128
-    found = published(figures, b0, Protocol())
+    usual = Protocol(size=512)
+    found = published(figures, b0, usual, usual)
     assert found["miou"] == pytest.approx(0.374) and "B0, single scale" in found["source"]
-    assert published(figures, b0, Protocol(scales=(0.5, 1.0), flip=True))["miou"] == pytest.approx(0.38)
-    assert published(figures, b1, Protocol()) is published(figures, other, Protocol()) is None
-    assert published({}, b0, Protocol()) is None
+    several = Protocol(size=512, scales=(0.5, 1.0), flip=True)
+    assert published(figures, b0, several, usual)["miou"] == pytest.approx(0.38)
+    assert published(figures, b1, usual, usual) is published(figures, other, usual, usual) is None
+    assert published({}, b0, usual, usual) is published({"single_scale": None}, b0, usual, usual) is None
+    for unusual in (Protocol(), Protocol(size=512, flip=True), Protocol(size=512, scales=(0.5, 1.0))):
+        assert published(figures, b0, unusual, usual) is None
+
+
+def test_names_that_control_a_terminal_reach_none(tmp_path, capsys) -> None:
+    path = written(tmp_path, *counted(np.eye(3, dtype=int), names=("a\x1b]0;pwn\x07", "b", "c")), checkpoint="\x1b[31m")
+    assert "\x1b" not in capsys.readouterr().out and "\x1b" not in path.with_suffix(".md").read_text()
 
 
 def test_folders_are_never_shared(tmp_path) -> None:

@@ -2,6 +2,7 @@ import random
 import shutil
 import unicodedata
 import zipfile
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_cityscapes_files_are_label_ids_in_the_folders_of_their_cities(tmp_path,
 def official(predictions: Path, labels: list[Path]) -> dict[str, float]:
     """Class IoU as Cityscapes' own script finds, reads and scores the files."""
     script = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
-    args = script.args
+    args = copy(script.args)  # which other tests read, too
     args.predictionPath, args.predictionWalk = str(predictions), None
     args.quiet, args.JSONOutput, args.evalInstLevelScore = True, False, False
     truths = [str(path) for path in labels]
@@ -283,6 +284,31 @@ def test_what_was_written_is_read_back(tmp_path, kind, classes, values) -> None:
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, label_map(len(classes), seed=seed))
     assert kind in KINDS
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["images/a.jpg", "images/b/a.jpg"],
+        ["x/a.jpg", "y/x/a.jpg"],
+        ["images/day/1.jpg", "images/extra/day/1.jpg", "images/night/1.jpg"],
+        ["x/a.png", "x/a_png/b.jpg"],
+        ["a" * 250 + ".jpg", "b.jpg"],
+    ],
+)
+def test_folders_that_end_as_others_are_told_apart_when_read_back(tmp_path, names) -> None:
+    folder = written(tmp_path / "out", names, "ids", RAINBOW).finish()
+    predictions = Predictions(folder, names, RAINBOW)
+    for seed, name in enumerate(names):
+        np.testing.assert_array_equal(predictions.read(name, (24, 32)), label_map(len(RAINBOW), seed=seed))
+
+
+def test_a_file_that_would_be_a_folder_and_a_class_without_ids_are_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="x/a.png of sample x/a.jpg would be the folder of others"):
+        Writer("ids", tmp_path, ["x/a.jpg", "x/a.png/b.jpg", "c.jpg"], RAINBOW)
+    nowhere = Classes.from_config({"a": {"ids": [1]}, "b": {"ids": []}}, "rest")
+    with pytest.raises(UserError, match="class 'b' has no raw id in data.classes: take submission=train_ids"):
+        Writer("ids", tmp_path, ["c.jpg"], nowhere)
 
 
 @pytest.mark.parametrize(

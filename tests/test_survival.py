@@ -67,7 +67,7 @@ def reached(run: Ranks, folder: Path, kill: int, moments: random.Random) -> str:
     while time.monotonic() < deadline and what != "steps":
         if what == "validation" and set(folder.glob("previews/*")) - before:
             return what
-        if what == "writing" and any(folder.glob(".*.ckpt.*.tmp")):
+        if what == "writing" and any(folder.glob(".*.ckpt.tmp")):
             return what
     return "steps"
 
