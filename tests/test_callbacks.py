@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import sqlite3
 import sys
 import time
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 
-from segformer import loggers, resume
+from segformer import callbacks, loggers, resume
 from segformer.callbacks import ClassScores, Curves, Monitor, Previews, RunFacts
 from segformer.curves import read_columns
 from segformer.data.datamodule import SegmentationData
@@ -25,7 +26,7 @@ from segformer.inference import Protocol
 from segformer.loggers import LocalMLFlow, MetricsFile
 from segformer.task import SegmentationTask
 from tests.conftest import TOY, small
-from tests.test_task import RECIPE
+from tests.test_task import RECIPE, quiet
 
 UNICORN = "unicorn (wild)"  # a class that is nowhere
 
@@ -342,3 +343,15 @@ def test_a_run_that_logs_nothing_more_keeps_its_file(tmp_path) -> None:
     first.save()
     MetricsFile(run).finalize("success")
     assert steps(run) == ["0"]
+
+
+def test_a_validation_without_a_terminal_tells_its_speed_and_what_is_left(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(callbacks, "LINE_SECONDS", 0)
+    data = build("data", SegmentationData, TOY | {"val": {"scenes": 4, "seed": 1}}).opened("val")
+    trainer = quiet()
+    trainer.callbacks.append(callbacks.Progress(1))
+    trainer.validate(SegmentationTask(small(data.classes.names), Protocol()), data, verbose=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert re.fullmatch(r"validate: 1 of 4 images  \d+\.\d images/s  \d+\.\d min left", lines[0])
+    assert lines[-1].endswith("images/s  0.0 min left")
