@@ -13,7 +13,8 @@ SCRIPTS = ("train", "evaluate")
 LEVELS = (
     {"launch", "secrets"},
     {"errors"},
-    {"pixels", "labels", "files", "outputs", "bilinear"},
+    {"pixels", "labels", "files", "outputs", "bilinear", "kernels"},
+    {"kernels.cross_entropy", "kernels.argmax", "kernels.depthwise"},
     {"config", "metrics", "optim", "losses", "cityscapes"},
     {"bootstrap", "boundary"},
     {"namings"},
@@ -64,7 +65,7 @@ ROOMS = {
     "imagecorruptions": {"corruptions"},
     "safetensors": {"checkpoints"},
     "transformers": set(),
-    "triton": {"kernels"},
+    "triton": {"kernels.cross_entropy", "kernels.argmax", "kernels.depthwise"},
 }
 
 
