@@ -5,9 +5,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -27,7 +27,7 @@ from segformer.data.samples import Elsewhere, Samples, Source
 from segformer.errors import SharedError, UserError, build
 from segformer.files import absolute, new_folder, write_atomically, write_json
 from segformer.inference import segment
-from segformer.labels import Classes
+from segformer.labels import Classes, UndeclaredValues
 from segformer.launch import STOPPED, process
 from segformer.metrics import Tally, iou_of, mean_of
 from segformer.model import SegformerForSemanticSegmentation
@@ -72,8 +72,8 @@ class Job:
         self.source = None if source is None else absolute(source)
         self.trained = {} if self.source is None else training_config(self.source, needed=own_data is None)
         self.data = own_data or self.trained["choices"]["data"]
-        self.name = "predictions" if self.source is None else model_name(self.source, self.trained)
-        self.output = Path(config["output"], f"{self.name}_{self.data}")
+        name = "predictions" if self.source is None else model_name(self.source, self.trained)
+        self.output = Path(config["output"], f"{name}_{self.data}")
         self.precision = config["trainer"]["precision"]
         if self.precision == "checkpoint":
             self.precision = self.trained.get("trainer", {}).get("precision", "32-true")
@@ -129,7 +129,7 @@ class Job:
             told = {"version": 1, "clean": clean, "rows": [row._asdict() for row in rows]}
             write_json(self.folder / "corruptions.json", told)
             text = markdown(clean, rows)
-            write_atomically(self.folder / "corruptions.md", partial(_write, text))
+            write_atomically(self.folder / "corruptions.md", methodcaller("write", text.encode()))
         if process() == 0:
             print(text, self.folder / "corruptions.json", self.folder / "report.json", sep="\n")
 
@@ -238,7 +238,10 @@ def read(data: SegmentationData, folder: str, values: str) -> Counting:
 
     def counted(index: int) -> tuple[str, Counted]:
         name = source.name(index)
-        label = data.encoder.whole(source.mask(index), source.mask_name(index))
+        try:
+            label = data.encoder.whole(source.mask(index), source.mask_name(index))
+        except UndeclaredValues as error:  # which does not know its file
+            raise data.encoder.explained({source.mask_name(index): error}) from error
         return name, counts.count(found.read(name, label.shape), label, counting.instances.get(name))
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -270,7 +273,7 @@ def validate(trainer: pl.Trainer, task: SegmentationTask, data: SegmentationData
     try:
         trainer.validate(task, data, verbose=False)
     except SIGTERMException:  # it would exit with 0
-        print("stopped by a signal: no report was written", file=sys.stderr)
+        print("stopped by a signal before all images were scored", file=sys.stderr)
         sys.exit(STOPPED)
 
 
@@ -285,10 +288,6 @@ def corrupted(
         validate(trainer, task, data)
         yield source.corruption, source.severity, task.scores.miou
     data.datasets["val"] = clean
-
-
-def _write(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
 
 
 def _label_map(task: SegmentationTask, image: np.ndarray) -> np.ndarray:

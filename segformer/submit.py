@@ -346,7 +346,7 @@ def _shortened(stem: str) -> Iterator[str]:
 
 def _agreeing(first: Sequence[str], second: Sequence[str]) -> int:
     """How many of the first items are equal."""
-    pairs = zip(first, second, strict=False)
+    pairs = zip(first, second, strict=False)  # one may have more folders than the other
     return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
 

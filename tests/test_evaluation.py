@@ -122,6 +122,8 @@ def test_a_cityscapes_submission_is_scored_alike_by_the_official_script(here, ru
     shutil.make_archive(str(here / "packed"), "zip", cityscapes)
     packed = report_of(run(evaluate, f"checkpoint={checkpoint}", data[0], "data.root=packed.zip", "data.workers=0"))
     assert packed["cityscapes"] == ours  # instance maps are found in an archive, too
+    refused = told(run(evaluate, f"predictions={folder}", *data, "data.ignore=[255]"))
+    assert "values that none of the 19 classes declares, in " in refused and "_gtFine_labelIds.png (" in refused
     again = report_of(run(evaluate, f"predictions={folder}", *data))
     same = ("miou", "per_class", "cityscapes", "confusion", "boundary_miou", "intervals", "images")
     assert all(again[key] == report[key] for key in same) and again["checkpoint"] is None
@@ -246,7 +248,7 @@ def test_a_signal_to_stop_is_no_success(capsys) -> None:
 
     with pytest.raises(SystemExit) as stop:
         validate(Stopped(), None, None)
-    assert stop.value.code == 143 and "stopped by a signal: no report was written" in capsys.readouterr().err
+    assert stop.value.code == 143 and "stopped by a signal before all images were scored" in capsys.readouterr().err
 
 
 def test_two_samples_of_one_name_are_told_before_any_is_scored() -> None:
