@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from segformer.inference import Protocol, segment
-from segformer.metrics import Scores
+from segformer.metrics import Scores, confusion_matrix
 from segformer.pixels import normalize
 from segformer.task import Confusion
 
@@ -53,11 +53,12 @@ def _updates(name: str, classes: int, height: int, width: int, options: Any) -> 
     ours = Confusion(classes).to(options.device)
     theirs = MulticlassJaccardIndex(classes, average="macro", ignore_index=255).to(options.device)
     wide = prediction.long(), label.long()  # it takes no bytes; widening them is not counted
-    seconds = pairs.interleave(
-        {"torchmetrics": lambda: theirs.update(*wide), "segformer": lambda: ours.update(prediction, label)},
-        options.rounds,
-        options.device,
-    )
+
+    def count() -> None:
+        ours.update(confusion_matrix(prediction, label, classes), len(label))
+
+    runs = {"torchmetrics": lambda: theirs.update(*wide), "segformer": count}
+    seconds = pairs.interleave(runs, options.rounds, options.device)
     counts = Scores.from_confusion(ours.compute()[0])
     if not torch.equal(ours.compute()[0].cpu(), theirs.confmat.cpu()):
         raise SystemExit(f"{name}: the counts differ")

@@ -36,7 +36,8 @@ from segformer.data.datamodule import SegmentationData
 from segformer.data.dataset import collate
 from segformer.data.sampler import TrainingBatches, mix
 from segformer.metrics import Scores, confusion_matrix
-from segformer.model import SegformerForSemanticSegmentation, build_segformer
+from segformer.model import SegformerForSemanticSegmentation
+from segformer.networks import build_segformer
 from segformer.optim import warmup_poly
 from segformer.pixels import normalize
 from segformer.task import SegmentationTask

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,8 @@ from segformer.bilinear import (
     upsample_band,
 )
 from segformer.errors import UserError, nearest
+from segformer.kernels import usable
+from segformer.metrics import confusion_matrix
 from segformer.pixels import MEAN, STD, normalize, resize
 
 # Pixels from which a CPU takes the images of a batch one after the other: their activations then stay below the size
@@ -147,14 +150,56 @@ def segment(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
     """
     if images.device.type == "cpu" and len(images) > 1 and images[0, 0].numel() >= ONE_BY_ONE:
         return torch.cat([segment(model, image[None], protocol) for image in images])
+    with _inference(model):
+        return _segment(model, images, protocol, _label_map)
+
+
+def score(
+    model: nn.Module, images: Tensor, labels: Tensor, classes: int, protocol: Protocol = Protocol()
+) -> tuple[Tensor, Tensor]:
+    """What `segment` finds, and its confusion matrix with labels (B, H, W): (K, K) int64, row = label.
+
+    Labels outside 0..K-1 (255 = ignore) do not count. A kernel that makes the label map counts in the same pass, and
+    the host does not wait for the GPU.
+    """
+    if not usable(next(model.parameters())):
+        found = segment(model, images, protocol)
+        return found, confusion_matrix(found, labels, classes)
+    counts: list[Tensor] = []
+
+    def counted(logits: Tensor, height: int, width: int) -> Tensor:
+        from segformer.kernels.argmax import upsample_argmax_confusion
+
+        found, matrix = upsample_argmax_confusion(logits, labels, classes)
+        counts.append(matrix)
+        return found
+
+    with _inference(model):
+        found = _segment(model, images, protocol, counted)
+        return found, counts[0] if counts else confusion_matrix(found, labels, classes)
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, nothing learnt; afterwards it is as it was."""
     modes = [(module, module.training) for module in model.modules()]  # a caller may keep parts of it in eval mode
     model.eval()
     try:
         with torch.inference_mode():
-            return _segment(model, images, protocol)
+            yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _label_map(logits: Tensor, height: int, width: int) -> Tensor:
+    """`bilinear.upsample_argmax`, by a kernel where one can take the logits."""
+    if not usable(logits):
+        return upsample_argmax(logits, height, width)
+    from segformer.kernels import argmax
+
+    found: Tensor = argmax.upsample_argmax(logits, height, width)
+    return found
 
 
 def normalized(model: nn.Module, images: Tensor) -> Tensor:
@@ -170,7 +215,10 @@ Rows = Callable[[int, int], Tensor]
 Network = Callable[[Tensor], Tensor]  # uint8 (B, 3, h, w) -> logits (B, h/4, w/4, K)
 
 
-def _segment(model: nn.Module, images: Tensor, protocol: Protocol) -> Tensor:
+def _segment(
+    model: nn.Module, images: Tensor, protocol: Protocol, label_map: Callable[[Tensor, int, int], Tensor]
+) -> Tensor:
+    """label_map: of logits (B, K, h, w) and the height and width wanted, where the network sees all in one view."""
     height, width = images.shape[-2:]
     single = len(protocol.scales) == 1 and not protocol.flip
     views = []
@@ -180,7 +228,7 @@ def _segment(model: nn.Module, images: Tensor, protocol: Protocol) -> Tensor:
             resized = resize(resized, *size)
         direct = protocol.resize_logits == "once" or resized.shape == images.shape
         if single and direct and protocol.whole(*resized.shape[-2:]):
-            return upsample_argmax(_network(model, False)(resized).permute(0, 3, 1, 2), height, width)
+            return label_map(_network(model, False)(resized).permute(0, 3, 1, 2), height, width)
         mirrored = (False, True)[: 1 + protocol.flip]
         views += [_view(model, resized, protocol, (height, width), flip) for flip in mirrored]
     batch, _, _, classes = views[0](0, 1).shape  # the number of classes is known now

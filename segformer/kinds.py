@@ -14,7 +14,7 @@ from segformer.data.classification import ClassificationData
 from segformer.data.datamodule import SegmentationData
 from segformer.data.loaders import Loaders
 from segformer.errors import UserError, nearest
-from segformer.model import build_classifier, build_segformer
+from segformer.networks import build_classifier, build_segformer
 from segformer.task import SegmentationTask, Task
 
 

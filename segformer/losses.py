@@ -17,6 +17,7 @@ from torch import Tensor
 
 from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_band
 from segformer.errors import UserError
+from segformer.kernels import usable
 from segformer.labels import IGNORE
 
 
@@ -64,7 +65,8 @@ def pixel_cross_entropy(
     of them; neither class weights nor smoothing change what is hard. "valid" then divides by the pixels kept (by the
     sum of their factors), "all" still by every pixel, so that easy pixels count as zeros.
 
-    Not twice differentiable: the gradient is made in the forward pass.
+    Not twice differentiable: the gradient is made in the forward pass (by a kernel, where one can take the logits and
+    nothing is mined, in the backward pass).
     """
     classes = logits.shape[1]
     if denominator not in ("valid", "all"):
@@ -81,6 +83,11 @@ def pixel_cross_entropy(
     if class_weights is not None:
         _check_factors(class_weights, classes)
         class_weights = _exact(torch.as_tensor(class_weights, device=logits.device), like=logits)
+    if ohem_threshold is None and usable(logits):
+        from segformer.kernels.cross_entropy import fits, upsample_cross_entropy
+
+        if fits(logits, labels):
+            return upsample_cross_entropy(logits, labels, ignore_index, denominator, class_weights, label_smoothing)
     objective = _CrossEntropy(ignore_index, denominator, class_weights, label_smoothing, ohem_threshold, ohem_min_kept)
     return _BandedLoss.apply(logits, labels, objective)
 

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from segformer.base import SegformerPreTrainedModel
 from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_band
-from segformer.checkpoints import start_from
 from segformer.config import SegformerConfig
 from segformer.errors import UserError, nearest
+from segformer.kernels import usable
 from segformer.losses import binary_pixel_cross_entropy, pixel_cross_entropy
 from segformer.outputs import BaseModelOutput, ImageClassifierOutput, SemanticSegmenterOutput
 
@@ -103,8 +103,17 @@ class MixFFN(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W, 4C)
-        return self.dropout(self.fc2(self.dropout(self.activation(x))))
+        return self.dropout(self.fc2(self.dropout(self._convolved(self.fc1(x)))))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """(B, H, W, 4C) -> the same of the convolution and the activation."""
+        if self.activation is F.gelu and usable(x) and _plain(self.dwconv, nn.Conv2d):
+            from segformer.kernels.depthwise import depthwise_gelu
+
+            assert self.dwconv.bias is not None
+            tokens = x.flatten(1, 2)  # (B, N, 4C)
+            return depthwise_gelu(tokens, self.dwconv.weight, self.dwconv.bias, x.shape[1], x.shape[2]).view(x.shape)
+        return self.activation(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class DropPath(nn.Module):
@@ -258,8 +267,7 @@ class SegformerDecodeHead(nn.Module):
             (self.dropout, tuple(CLASSIFIER_DROPOUT.values())),
             (self.classifier, (nn.Conv2d,)),
         ]
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        untouched = all(type(m) in kinds and not any(getattr(m, hook) for hook in hooks) for m, kinds in parts)
+        untouched = all(_plain(module, *kinds) for module, kinds in parts)
         return untouched and self.classifier.kernel_size == (1, 1) and self.batch_norm.running_mean is not None
 
     def _merge(self, device: str) -> tuple[list[Tensor], Tensor]:
@@ -367,79 +375,6 @@ class SegformerForImageClassification(SegformerPreTrainedModel):
         return self._returned(output, return_dict)
 
 
-def build_segformer(
-    names: Sequence[str],
-    variant: str,
-    pretrained: str | None = None,
-    drop_path_rate: float = 0.1,
-    classifier_dropout_kind: str = "channel",
-    layer_norm_eps_kind: str = "hf",
-    merged_decode: bool = True,
-    freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
-    compile: bool = False,
-    statistics: Mapping[str, Any] | None = None,
-) -> tuple[SegformerForSemanticSegmentation, str]:
-    """The network of a training run, whose config section `model` this signature is, and what was loaded into it.
-
-    names: of the classes. compile: in place, so that the names of the weights stay. statistics: fields of the
-    configuration that follow from the images (`SegmentationData.network`).
-    """
-    config = SegformerConfig.from_variant(
-        variant,
-        id2label=dict(enumerate(names)),
-        drop_path_rate=drop_path_rate,
-        classifier_dropout_kind=classifier_dropout_kind,
-        layer_norm_eps_kind=layer_norm_eps_kind,
-        merged_decode=merged_decode,
-        **(statistics or {}),
-    )
-    model = SegformerForSemanticSegmentation(config)
-    return model, _prepared(model, pretrained, freeze, gradient_checkpointing, compile)
-
-
-def build_classifier(
-    names: Sequence[str],
-    variant: str,
-    pretrained: str | None = None,
-    drop_path_rate: float = 0.1,
-    classifier_dropout_kind: str = "channel",
-    layer_norm_eps_kind: str = "hf",
-    merged_decode: bool = True,
-    freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
-    compile: bool = False,
-) -> tuple[SegformerForImageClassification, str]:
-    """As `build_segformer`, a network that names whole images; what concerns decode heads its configuration keeps."""
-    config = SegformerConfig.from_variant(
-        variant,
-        id2label=dict(enumerate(names)),
-        drop_path_rate=drop_path_rate,
-        classifier_dropout_kind=classifier_dropout_kind,
-        layer_norm_eps_kind=layer_norm_eps_kind,
-        merged_decode=merged_decode,
-    )
-    model = SegformerForImageClassification(config)
-    return model, _prepared(model, pretrained, freeze, gradient_checkpointing, compile)
-
-
-def _prepared(
-    model: SegformerPreTrainedModel,
-    pretrained: str | None,
-    freeze: Sequence[str],
-    gradient_checkpointing: bool,
-    compile: bool,
-) -> str:
-    """Makes a fresh network ready to be trained; what was loaded into it."""
-    loaded = start_from(model, pretrained) if pretrained else "all weights start fresh"
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if compile:
-        model.compile()
-    model.freeze(*freeze)
-    return loaded
-
-
 def _classification_loss(logits: Tensor, labels: Tensor, config: SegformerConfig) -> Tensor:
     kinds = ("regression", "single_label_classification", "multi_label_classification")
     guess = kinds[0] if config.num_labels == 1 else kinds[2 if labels.is_floating_point() else 1]
@@ -463,6 +398,12 @@ def _check_pixels(pixels: Tensor, config: SegformerConfig) -> None:
     if pixels.shape[2] < smallest or pixels.shape[3] < smallest:
         found = " x ".join(map(str, pixels.shape[-2:]))
         raise UserError(f"image is {found} pixels, expected sides of at least {smallest}: resize it before the model")
+
+
+def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is just what it was built as and nobody watches it: then what it does may be done elsewhere."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(module) in kinds and not any(getattr(module, hook) for hook in hooks)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

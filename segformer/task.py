@@ -13,9 +13,9 @@ from torchmetrics import Metric
 from segformer.checkpoints import Pretrained
 from segformer.data.sampler import mix
 from segformer.errors import SharedError, build
-from segformer.inference import Protocol, normalized, segment
+from segformer.inference import Protocol, normalized, score
 from segformer.losses import segmentation_loss
-from segformer.metrics import Scores, confusion_matrix
+from segformer.metrics import Scores
 from segformer.optim import adamw
 
 
@@ -31,9 +31,9 @@ class Confusion(Metric):
         self.add_state("matrix", torch.zeros(classes, classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        self.matrix += confusion_matrix(prediction, label, len(self.matrix))
-        self.images += len(label)
+    def update(self, matrix: Tensor, images: int) -> None:
+        self.matrix += matrix
+        self.images += images
 
     def compute(self) -> tuple[Tensor, Tensor]:
         return self.matrix, self.images
@@ -185,8 +185,9 @@ class SegmentationTask(Task):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # DDP hands the first process's BatchNorm statistics to all before their first image: one network is scored
         with self.uncompiled():
-            labels = segment(self.model, batch["image"], self.protocol)
-        self.confusion.update(labels, batch["mask"])
+            found = score(self.model, batch["image"], batch["mask"], len(self.confusion.matrix), self.protocol)
+        labels, matrix = found
+        self.confusion.update(matrix, len(labels))
         return labels
 
     def on_validation_epoch_end(self) -> None:

@@ -14,12 +14,8 @@ from segformer.__main__ import main
 from segformer.classification import ClassificationTask, Hits
 from segformer.data.classification import ClassificationData
 from segformer.errors import build
-from segformer.model import (
-    SegformerForImageClassification,
-    SegformerForSemanticSegmentation,
-    build_classifier,
-    build_segformer,
-)
+from segformer.model import SegformerForImageClassification, SegformerForSemanticSegmentation
+from segformer.networks import build_classifier, build_segformer
 from segformer.pixels import normalize
 from tests.conftest import ROOT, randomize
 from tests.data.test_classification_data import CLASSES, PLAIN, shapes

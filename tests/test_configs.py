@@ -17,7 +17,7 @@ from segformer.data.datamodule import SegmentationData
 from segformer.data.sampler import Sampling
 from segformer.errors import build
 from segformer.labels import Classes, UndeclaredValues
-from segformer.model import build_segformer
+from segformer.networks import build_segformer
 from segformer.optim import adamw
 from tests.conftest import ROOT
 

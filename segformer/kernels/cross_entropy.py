@@ -33,8 +33,8 @@ def upsample_cross_entropy(
     """`segformer.losses.pixel_cross_entropy` without OHEM, float32 throughout; a float32 scalar.
 
     logits: (B, K, h, w) float32, bfloat16 or float16 of any strides, K at least 1; the gradient has their type and
-    layout. labels: (B, H, W) of any integer type, copied if not contiguous; any size, though the kernels are made for
-    H >= h and W >= w. class_weights: (K,) or None. H * h and W * w must be below 2^30, one image's logits below 2^31.
+    layout. labels: (B, H, W) of any integer type, copied if not contiguous; any size that `fits`, though the kernels
+    are made for H >= h and W >= w. class_weights: (K,) or None.
 
     The caller checks the arguments, but for the labels' values, which would have to be waited for: one that is neither
     0..K-1 nor `ignore_index` makes the loss NaN, and the gradient where it lies. Float64 is for the plain twin.
@@ -45,6 +45,14 @@ def upsample_cross_entropy(
         return total / labels.numel()
     mass = mass.detach()
     return total / torch.where(mass > 0, mass, 1)
+
+
+def fits(logits: Tensor, labels: Tensor) -> bool:
+    """Whether every place can be counted in 32 bits: else the twin has to take them."""
+    rows, columns = logits.shape[2:]
+    height, width = labels.shape[1:]
+    one = logits.shape[1] * rows * columns
+    return one < 2**31 and height * width < 2**31 and max(height * rows, width * columns) < 2**30
 
 
 @torch.library.custom_op("segformer::upsample_cross_entropy", mutates_args=())

@@ -16,7 +16,7 @@ from segformer.data.classification import Augmentation, Centre, ClassificationDa
 from segformer.data.sampler import Draw
 from segformer.errors import SharedError, UserError, build
 from segformer.inference import normalized
-from segformer.model import build_classifier
+from segformer.networks import build_classifier
 from tests.conftest import save
 from tests.test_task import quiet
 

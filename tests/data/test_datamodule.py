@@ -8,7 +8,7 @@ from segformer.data.datamodule import SegmentationData
 from segformer.data.samples import Sample, Stream
 from segformer.errors import SharedError, UserError, build
 from segformer.inference import normalized
-from segformer.model import build_segformer
+from segformer.networks import build_segformer
 from tests.conftest import TOY, save_pair
 from tests.test_task import quiet
 

@@ -1,0 +1,82 @@
+"""The network of a training run, made from the config section `model`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from segformer.base import SegformerPreTrainedModel
+from segformer.checkpoints import start_from
+from segformer.config import SegformerConfig
+from segformer.model import SegformerForImageClassification, SegformerForSemanticSegmentation
+
+
+def build_segformer(
+    names: Sequence[str],
+    variant: str,
+    pretrained: str | None = None,
+    drop_path_rate: float = 0.1,
+    classifier_dropout_kind: str = "channel",
+    layer_norm_eps_kind: str = "hf",
+    merged_decode: bool = True,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    statistics: Mapping[str, Any] | None = None,
+) -> tuple[SegformerForSemanticSegmentation, str]:
+    """The network of a training run, whose config section `model` this signature is, and what was loaded into it.
+
+    names: of the classes. compile: in place, so that the names of the weights stay. statistics: fields of the
+    configuration that follow from the images (`SegmentationData.network`).
+    """
+    config = SegformerConfig.from_variant(
+        variant,
+        id2label=dict(enumerate(names)),
+        drop_path_rate=drop_path_rate,
+        classifier_dropout_kind=classifier_dropout_kind,
+        layer_norm_eps_kind=layer_norm_eps_kind,
+        merged_decode=merged_decode,
+        **(statistics or {}),
+    )
+    model = SegformerForSemanticSegmentation(config)
+    return model, _prepared(model, pretrained, freeze, gradient_checkpointing, compile)
+
+
+def build_classifier(
+    names: Sequence[str],
+    variant: str,
+    pretrained: str | None = None,
+    drop_path_rate: float = 0.1,
+    classifier_dropout_kind: str = "channel",
+    layer_norm_eps_kind: str = "hf",
+    merged_decode: bool = True,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+) -> tuple[SegformerForImageClassification, str]:
+    """As `build_segformer`, a network that names whole images; what concerns decode heads its configuration keeps."""
+    config = SegformerConfig.from_variant(
+        variant,
+        id2label=dict(enumerate(names)),
+        drop_path_rate=drop_path_rate,
+        classifier_dropout_kind=classifier_dropout_kind,
+        layer_norm_eps_kind=layer_norm_eps_kind,
+        merged_decode=merged_decode,
+    )
+    model = SegformerForImageClassification(config)
+    return model, _prepared(model, pretrained, freeze, gradient_checkpointing, compile)
+
+
+def _prepared(
+    model: SegformerPreTrainedModel,
+    pretrained: str | None,
+    freeze: Sequence[str],
+    gradient_checkpointing: bool,
+    compile: bool,
+) -> str:
+    """Makes a fresh network ready to be trained; what was loaded into it."""
+    loaded = start_from(model, pretrained) if pretrained else "all weights start fresh"
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if compile:
+        model.compile()
+    model.freeze(*freeze)
+    return loaded

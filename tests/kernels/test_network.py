@@ -1,0 +1,125 @@
+"""The whole network, its loss and its scores with the kernels in their places, against the same without them."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from segformer import kernels
+from segformer.config import SegformerConfig
+from segformer.inference import Protocol, score, segment
+from segformer.losses import segmentation_loss
+from segformer.model import SegformerForSemanticSegmentation
+from segformer.pixels import normalize
+from tests.conftest import randomize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _back_on() -> Iterator[None]:
+    yield
+    kernels.enable(True)
+
+
+@pytest.fixture
+def street() -> tuple[nn.Module, Tensor, Tensor]:
+    """Network, uint8 images of odd sides, labels; as small as it gets, for Triton's interpreter."""
+    sizes = {"hidden_sizes": [4, 8, 12, 16], "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 12}
+    model = SegformerForSemanticSegmentation(SegformerConfig(depths=[1] * 4, **sizes, num_labels=7)).eval()
+    randomize(model)
+    images = torch.randint(256, (2, 3, 29, 37), dtype=torch.uint8)
+    labels = torch.randint(7, (2, 29, 37), dtype=torch.uint8)
+    labels[:, :9] = 255
+    return model.to(DEVICE), images.to(DEVICE), labels.to(DEVICE)
+
+
+def operations(run) -> set[str]:
+    """The kernels that a call came by."""
+    with torch.profiler.profile() as profile:
+        run()
+    return {event.key.partition("::")[2] for event in profile.key_averages() if event.key.startswith("segformer::")}
+
+
+def learnt(model: nn.Module, images: Tensor, labels: Tensor, **options) -> list[Tensor]:
+    """The loss and the gradient of each parameter."""
+    loss = segmentation_loss(model(normalize(images)).logits, labels, **options)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [loss, *torch.autograd.grad(loss, parameters, allow_unused=True)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], bound: float) -> None:
+    largest = max(each.abs().max().item() for each in expected if each is not None)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one - other).abs().max() <= bound * max(other.abs().max().item(), 1e-2 * largest)
+
+
+@pytest.mark.parametrize("options", [{}, {"denominator": "all", "label_smoothing": 0.1, "dice_weight": 0.5}])
+def test_a_network_learns_the_same_with_kernels_and_without(street, options) -> None:
+    model, images, labels = street
+    for part in model.modules():  # dropout draws other numbers
+        part.training = isinstance(part, nn.BatchNorm2d)
+    found = learnt(model, images, labels, **options)
+    used = operations(lambda: learnt(model, images, labels, **options))
+    assert {"depthwise_gelu", "depthwise_gelu_backward", "upsample_cross_entropy_backward"} <= used
+    kernels.enable(False)
+    assert not operations(lambda: learnt(model, images, labels, **options))
+    assert_same(found, learnt(model, images, labels, **options), 1e-4)
+
+
+def test_label_maps_and_scores_are_the_same_with_kernels_and_without(street) -> None:
+    model, images, labels = street
+    found, counts = score(model, images, labels, 7)
+    assert torch.equal(found, segment(model, images))
+    assert "upsample_argmax_confusion" in operations(lambda: score(model, images, labels, 7))
+    assert "upsample_argmax" in operations(lambda: segment(model, images))
+    windows = Protocol(window=29, stride=8)
+    slid = score(model, images, labels, 7, windows)
+    kernels.enable(False)
+    expected, numbers = score(model, images, labels, 7)
+    assert (found == expected).double().mean() > 0.999
+    assert counts.sum() == (labels != 255).sum() == numbers.sum()
+    assert (counts - numbers).abs().sum() <= 2 * (found != expected).sum()
+    for one, other in zip(slid, score(model, images, labels, 7, windows), strict=True):
+        assert (one != other).double().mean() < 1e-2
+
+
+def test_autocast_keeps_its_types(street) -> None:
+    model, images, labels = street
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = model(normalize(images), labels=labels)
+        kernels.enable(False)
+        expected = model(normalize(images), labels=labels)
+    assert found.logits.dtype == expected.logits.dtype == torch.bfloat16
+    assert found.loss.dtype == expected.loss.dtype == torch.float32
+    assert (found.logits - expected.logits).abs().max() < 0.1 * expected.logits.std()
+
+
+def test_a_double_network_and_one_that_is_watched_go_without(street) -> None:
+    model, images, _ = street
+    assert not operations(lambda: model.double()(normalize(images).double()))
+    seen = []
+    for part in model.float().modules():
+        if isinstance(part, nn.Conv2d | nn.LayerNorm):
+            part.register_forward_hook(lambda *_: seen.append(1))
+    assert not operations(lambda: model(normalize(images))) and seen
+
+
+def test_the_network_compiles_to_one_graph_with_kernels_in_it(street) -> None:
+    model, images, labels = street
+    torch.compiler.reset()
+    expected = learnt(model, images, labels)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    assert_same(learnt(compiled, images, labels), expected, 1e-3)
+    assert "depthwise_gelu" in operations(lambda: compiled(normalize(images)))
+    kernels.enable(False)
+    assert_same(learnt(compiled, images, labels), expected, 1e-3)
+    assert not operations(lambda: compiled(normalize(images)))
