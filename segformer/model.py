@@ -37,13 +37,43 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, by a kernel where one can take the rows: its own is far from what a GPU can do with rows this narrow.
+
+    A compiler makes kernels of its own and fuses them with their neighbours: it gets PyTorch's. inner: nothing but
+    matrix products reads the result, so that under autocast it is rounded to their type at once, not by each of them.
+    """
+
+    def __init__(self, width: int, eps: float, inner: bool = False) -> None:
+        super().__init__(width, eps=eps)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            return super().forward(x)
+        from segformer.kernels.layer_norm import layer_norm
+
+        normed: Tensor = layer_norm(x, self.weight, self.bias, self.eps, self.result(x))
+        return normed
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel does."""
+        return usable(x) and x.shape[-1] <= 1024 and not torch.compiler.is_compiling()
+
+    def result(self, x: Tensor) -> torch.dtype:
+        """The type of the result: under autocast PyTorch's own gives float32."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return x.dtype
+        return torch.get_autocast_dtype(x.device.type) if self.inner else torch.float32
+
+
 class OverlapPatchEmbeddings(nn.Module):
     """A strided convolution whose windows overlap, then LayerNorm."""
 
     def __init__(self, channels: int, width: int, patch_size: int, stride: int, eps: float) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch_size, stride, padding=patch_size // 2)
-        self.layer_norm = nn.LayerNorm(width, eps=eps)
+        self.layer_norm = LayerNorm(width, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer_norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H, W, C)
@@ -64,7 +94,7 @@ class EfficientSelfAttention(nn.Module):
         self.o_proj = nn.Linear(width, width)
         if reduction > 1:
             self.sequence_reduction = nn.Conv2d(width, width, reduction, reduction)
-            self.layer_norm = nn.LayerNorm(width, eps=_choice(LAYER_NORM_EPS, config, "layer_norm_eps_kind")[0])
+            self.layer_norm = LayerNorm(width, _choice(LAYER_NORM_EPS, config, "layer_norm_eps_kind")[0], inner=True)
         self.reduction = reduction
         self.attention_dropout = config.attention_probs_dropout_prob
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -124,10 +154,15 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale(x)
+        return x if scale is None else x * scale.view(-1, 1, 1, 1)
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """(B,) factors on the samples; None, all are kept as they are."""
         if not self.training or self.rate == 0:
-            return x
+            return None
         keep = 1 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
 
 
 class Block(nn.Module):
@@ -138,16 +173,27 @@ class Block(nn.Module):
         width = config.hidden_sizes[stage]
         heads, reduction = config.num_attention_heads[stage], config.sr_ratios[stage]
         eps = _choice(LAYER_NORM_EPS, config, "layer_norm_eps_kind")[1]
-        self.layernorm_before = nn.LayerNorm(width, eps=eps)
+        self.layernorm_before = LayerNorm(width, eps, inner=True)
         self.attention = EfficientSelfAttention(width, heads, reduction, config)
         self.drop_path = DropPath(drop_path)
-        self.layernorm_after = nn.LayerNorm(width, eps=eps)
+        self.layernorm_after = LayerNorm(width, eps, inner=True)
         self.mlp = MixFFN(width, int(width * config.mlp_ratios[stage]), config)
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         context, attentions = self.attention(self.layernorm_before(x), output_attentions)
-        x = x + self.drop_path(context)
-        return x + self.drop_path(self.mlp(self.layernorm_after(x))), attentions
+        x, normed = self._added(x, context)
+        return x + self.drop_path(self.mlp(normed)), attentions
+
+    def _added(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum after the attention, and what goes into the Mix-FFN."""
+        norm, drop_path = self.layernorm_after, self.drop_path
+        if _plain(norm, LayerNorm) and _plain(drop_path, DropPath) and norm.takes(x) and usable(branch):
+            from segformer.kernels.layer_norm import add_layer_norm
+
+            scale = drop_path.scale(branch)
+            return add_layer_norm(x, branch, scale, norm.weight, norm.bias, norm.eps, norm.result(x))
+        x = x + drop_path(branch)
+        return x, norm(x)
 
 
 class Stage(nn.Module):
@@ -162,7 +208,7 @@ class Stage(nn.Module):
         outer_eps, eps = _choice(LAYER_NORM_EPS, config, "layer_norm_eps_kind")
         self.patch_embeddings = OverlapPatchEmbeddings(channels, width, patch_size, stride, outer_eps)
         self.blocks = nn.ModuleList(Block(config, stage, rate) for rate in drop_path)
-        self.layer_norm = nn.LayerNorm(width, eps=eps)
+        self.layer_norm = LayerNorm(width, eps)
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> tuple[Tensor, list[Tensor | None]]:
@@ -248,14 +294,15 @@ class SegformerDecodeHead(nn.Module):
             return self.classifier(self.dropout(F.relu(self.batch_norm(self._fuse_literal(maps)))))
         weights, bias = self._merge(maps[0].device.type)
         learning = torch.is_grad_enabled() or self.batch_norm.training or self.dropout.training
-        if maps[0].device.type == "cpu" and not learning and not torch.compiler.is_compiling():
+        kernel = usable(maps[0]) and 2 <= len(maps) <= 4
+        if maps[0].device.type == "cpu" and not (kernel or learning or torch.compiler.is_compiling()):
             return self._decode_bands(maps, weights, bias)
-        fused = F.linear(maps[0].permute(0, 2, 3, 1), weights[0], bias).permute(0, 3, 1, 2)
-        for x, weight in zip(maps[1:], weights[1:], strict=True):
-            # a resized map is nobody else's: added in place
-            fused = _resize(F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2), maps[0]).add_(fused)
-        normed = self.batch_norm(fused) if self.batch_norm.training else fused
-        return self.classifier(self.dropout(F.relu(normed, inplace=True)))
+        biases = bias, *[None] * (len(maps) - 1)
+        parts = [F.linear(x.permute(0, 2, 3, 1), *both) for x, *both in zip(maps, weights, biases, strict=True)]
+        if not self.batch_norm.training:
+            return self.classifier(self.dropout(_upsample_sum(parts, kernel, relu=True)))
+        fused = _upsample_sum(parts, kernel, relu=False)
+        return self.classifier(self.dropout(F.relu(self.batch_norm(fused), inplace=True)))
 
     def _as_built(self) -> bool:
         """Whether every part is of the class it was built from and nobody watches it."""
@@ -404,6 +451,19 @@ def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is just what it was built as and nobody watches it: then what it does may be done elsewhere."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return type(module) in kinds and not any(getattr(module, hook) for hook in hooks)
+
+
+def _upsample_sum(parts: Sequence[Tensor], kernel: bool, relu: bool) -> Tensor:
+    """(B, H, W, D) of each stage -> (B, D, H, W), channels-last: their sum at the first one's size; relu: at least 0."""
+    if kernel:
+        from segformer.kernels.upsample_sum import upsample_sum
+
+        total: Tensor = upsample_sum(parts[0], list(parts[1:]), relu)
+        return total.permute(0, 3, 1, 2)
+    fused = parts[0].permute(0, 3, 1, 2)
+    for part in parts[1:]:
+        fused = _resize(part.permute(0, 3, 1, 2), fused).add_(fused)  # a resized map is nobody else's: added in place
+    return F.relu(fused, inplace=True) if relu else fused
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

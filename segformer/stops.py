@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -28,16 +30,46 @@ class Stopped(SystemExit):
     """The run saved its state and ends because a signal asked it to; `code` is the exit code of this process."""
 
 
+@dataclass
+class Verdict:
+    """Whether an optimiser step's numbers are finite, on its way from the device.
+
+    broken: a scalar there, 1 where the loss or the gradient of any process is not, or was not in a step before.
+    """
+
+    step: int
+    loss: Tensor
+    norm: Tensor
+    broken: Tensor
+
+    def __post_init__(self) -> None:
+        self.told, self.event = self.broken, None
+        if self.broken.is_cuda:
+            self.told = torch.empty((), pin_memory=True).copy_(self.broken, non_blocking=True)
+            self.event = torch.cuda.current_stream(self.broken.device).record_event()
+
+    def bad(self) -> bool:
+        """Waits until the device has come to this step, no further."""
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.told)
+
+
 class Stops(pl.Callback):
     """Ends all processes of a run together: at the same optimiser step, with its state saved.
 
     Lightning's own handlers run a collective operation inside a signal handler, where it meets another one and hangs
     (Lightning-AI/pytorch-lightning#20806). Here a handler sets a flag, which the processes compare once a step; with it
     they compare whether anyone's loss or gradient is not finite, before the step changes a weight.
+
+    late: kinds of devices on which that is looked at a step later, so that the host never waits for a GPU that could
+    be at work: till then the fused optimiser itself takes no step that is not finite, nor any after it.
     """
 
-    def __init__(self, last: LastCheckpoint) -> None:
+    def __init__(self, last: LastCheckpoint, late: Collection[str] = ("cuda",)) -> None:
         self.last, self.asked, self.agreed, self.since = last, 0, 0, 0.0
+        self.late = late
+        self.verdict: Verdict | None = None  # that has not been looked at
         self.group: Any = None  # of the CPU, so that nothing waits for a GPU
         self.before: dict[int, Any] = {}
         self.overflows = 0
@@ -82,22 +114,65 @@ class Stops(pl.Callback):
     ) -> None:
         assert isinstance(task, Task)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        norm = task.gradient_norm = gradient_norm(optimizer)
-        finite = bool(torch.isfinite(norm + task.step_loss))
+        loss, norm = task.step_loss, gradient_norm(optimizer)
+        task.gradient_norm, finite = norm, torch.isfinite(norm + loss)
+        if norm.device.type in self.late and optimizer.defaults.get("fused"):
+            self._guard(trainer, optimizer, loss, norm, finite)
+            (self.agreed,) = self._agree(self.asked)
+            return
         self.agreed, broken = self._agree(self.asked, not finite)
         self.overflows = self.overflows + 1 if broken else 0
         if broken and (scaler is None or self.overflows > SCALER_TRIES):
-            self._not_finite(trainer, task, norm)
+            self._not_finite(trainer, task, loss, norm)
 
-    def _not_finite(self, trainer: pl.Trainer, task: Task, norm: Tensor) -> None:
+    def _guard(
+        self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor, finite: Tensor
+    ) -> None:
+        """Lets the optimiser step only if this step and the ones before it are finite; looks at the one before it."""
+        broken = 1 - finite.float()
+        if trainer.world_size > 1:
+            dist.all_reduce(broken, dist.ReduceOp.MAX)
+        if self.verdict is not None:
+            broken = broken.maximum(self.verdict.broken)
+        optimizer.found_inf = broken  # type: ignore[attr-defined]  # as a loss scaler tells fused optimisers
+        before, self.verdict = self.verdict, Verdict(trainer.global_step, loss, norm, broken)
+        self._settle(trainer, before)
+
+    def _settle(self, trainer: pl.Trainer, verdict: Verdict | None) -> None:
+        """Raises if a step was not finite, as if it had never been taken: it changed nothing but the count of steps."""
+        if verdict is None or not verdict.bad():
+            return
+        self.verdict = None
+        progress, schedule = trainer.fit_loop.epoch_loop, trainer.lr_scheduler_configs[0].scheduler
+        steps = progress.automatic_optimization.optim_progress.optimizer.step
+        undone = trainer.global_step - verdict.step
+        for count in (steps.total, steps.current):
+            count.completed -= undone
+        if undone:
+            schedule.last_epoch -= 1 + undone
+            schedule.step()  # type: ignore[call-arg]  # to where it was, the optimiser's rates with it
+        assert isinstance(trainer.lightning_module, Task)
+        self._not_finite(trainer, trainer.lightning_module, verdict.loss, verdict.norm)
+
+    def _settled(self, trainer: pl.Trainer) -> None:
+        verdict, self.verdict = self.verdict, None
+        self._settle(trainer, verdict)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._settled(trainer)  # nothing is kept, or scored, before it is known to be finite
+
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._settled(trainer)
+
+    def _not_finite(self, trainer: pl.Trainer, task: Task, loss: Tensor, norm: Tensor) -> None:
         step, replay = trainer.global_step, ""
         if not self.last.debug:
             kept = self.last.path.with_name("nonfinite.ckpt")
             trainer.save_checkpoint(kept)
             replay = f"; resume={kept} takes the same step again" if kept.is_file() else ""
         found = "the loss or its gradient is not finite"  # of some process
-        if not torch.isfinite(task.step_loss):
-            found = f"the loss is {float(task.step_loss)}"
+        if not torch.isfinite(loss):
+            found = f"the loss is {float(loss)}"
         elif not torch.isfinite(norm):
             found = f"the gradient's norm is {float(norm)}"
         names = _listed(trainer.datamodule.sample_names(step))  # type: ignore[attr-defined]
@@ -120,6 +195,7 @@ class Stops(pl.Callback):
     # all others look there before each image, and everyone compares once: on leaving, or at the end.
 
     def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._settled(trainer)
         if self.agreed:  # the state before the step that led here has been saved
             raise Stopped(self._code())
 

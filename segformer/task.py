@@ -160,6 +160,8 @@ class SegmentationTask(Task):
         "dice_weight": "dice_weight",
     }
 
+    class_weights: Tensor | None
+
     def __init__(
         self,
         model: Pretrained,
@@ -173,6 +175,10 @@ class SegmentationTask(Task):
         self.loss = {"denominator": "all", **self.loss}  # the recipe's, where a configuration is silent
         anything = torch.zeros(1, model.config.num_labels, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
         build("optim", segmentation_loss, self.loss, logits=anything[0], labels=anything[1])  # refuses what is wrong
+        factors = self.loss.pop("class_weights", None)
+        # they lie on the device: sent at each step, they would have the host wait for it
+        kept = None if factors is None else torch.as_tensor(factors, dtype=torch.float32)
+        self.register_buffer("class_weights", kept, persistent=False)
         self.protocol = protocol
         self.confusion = Confusion(model.config.num_labels)
         self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it
@@ -180,7 +186,7 @@ class SegmentationTask(Task):
 
     def loss_of(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(normalized(self.model, batch["image"])).logits
-        return segmentation_loss(logits, batch["mask"], **self.loss)
+        return segmentation_loss(logits, batch["mask"], class_weights=self.class_weights, **self.loss)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         # DDP hands the first process's BatchNorm statistics to all before their first image: one network is scored

@@ -29,7 +29,7 @@ def test_kernels_are_for_gpus_and_can_be_switched_off(settings, told) -> None:
     assert done.stdout.strip() == told
 
 
-@pytest.mark.parametrize("kernel", ["argmax", "cross_entropy", "depthwise", "network"])
+@pytest.mark.parametrize("kernel", ["argmax", "cross_entropy", "depthwise", "layer_norm", "upsample_sum", "network"])
 def test_a_kernel_does_what_its_twin_does(kernel) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
     if torch.cuda.is_available():

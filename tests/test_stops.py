@@ -27,17 +27,23 @@ class Steps(pl.Callback):
         self.scales.append(scaler.get_scale() if scaler else 1.0)
 
 
-def fit(tmp_path, steps: int, scale: float | None = None, **optim) -> tuple[Steps, SegmentationTask]:
+# looked at before the step, as on a CPU, or one step later, as on a GPU
+LATE = pytest.mark.parametrize("late", [(), ("cpu",)], ids=["at once", "a step later"])
+
+
+def fit(
+    tmp_path, steps: int, scale: float | None = None, late=(), every: int = 1000, **optim
+) -> tuple[Steps, SegmentationTask]:
     data = build("data", SegmentationData, TOY, seed=0).opened("train", "val")
     hyper_parameters = {"model": {}, "config": {}}
     task = SegmentationTask(
         small(data.classes.names), Protocol(), RECIPE | optim, steps, hyper_parameters=hyper_parameters
     )
-    last, seen = LastCheckpoint(tmp_path, Steering(1000), {}), Steps()
+    last, seen = LastCheckpoint(tmp_path, Steering(every), {}), Steps()
     half = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))] if scale else []
     trainer = pl.Trainer(
         max_steps=steps, val_check_interval=steps, limit_val_batches=0, accelerator="cpu", devices=1, logger=False,
-        enable_progress_bar=False, plugins=half, callbacks=[seen, Stops(last), last], **resume.LOOP,
+        enable_progress_bar=False, plugins=half, callbacks=[seen, Stops(last, late), last], **resume.LOOP,
     )  # fmt: skip
     resume.share_batches(trainer, data)
     trainer.fit(task, data)
@@ -52,9 +58,10 @@ def test_the_norm_is_that_of_all_gradients_together(tiny) -> None:
     torch.testing.assert_close(gradient_norm(torch.optim.SGD(learning)), expected)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path) -> None:
+@LATE
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path, late) -> None:
     with pytest.raises(SharedError) as stop:
-        fit(tmp_path, 20, lr=1e25, warmup_steps=0)
+        fit(tmp_path, 20, late=late, lr=1e25, warmup_steps=0)
     sentence = str(stop.value)
     step = int(sentence.partition(" at step ")[2].partition(",")[0])
     assert step < 20 and sentence.startswith("the loss is nan at step")
@@ -66,11 +73,45 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path) -> N
     assert all(torch.isfinite(t).all() for name, t in kept["state_dict"].items() if "running" not in name)
 
 
-def test_an_infinite_loss_stops_even_where_its_gradient_is_finite(tmp_path, monkeypatch) -> None:
+def broken_at(step: int, monkeypatch) -> None:
+    """The loss of this step is infinite, its gradient is not."""
     plain = SegmentationTask.loss_of
-    monkeypatch.setattr(SegmentationTask, "loss_of", lambda task, batch: plain(task, batch) + float("inf"))
+    extra = lambda task: float("inf") if task.global_step == step else 0.0  # noqa: E731
+    monkeypatch.setattr(SegmentationTask, "loss_of", lambda task, batch: plain(task, batch) + extra(task))
+
+
+@LATE
+@pytest.mark.parametrize("steps", [1, 3])  # the last step of all, too
+def test_an_infinite_loss_stops_even_where_its_gradient_is_finite(tmp_path, monkeypatch, steps, late) -> None:
+    broken_at(0, monkeypatch)
     with pytest.raises(SharedError, match="the loss is inf at step 0, so training stopped before the step changed"):
-        fit(tmp_path, 3)
+        fit(tmp_path, steps, late=late)
+
+
+@pytest.mark.parametrize("every", [1000, 3])  # found in the next step, or before a checkpoint is written
+def test_what_is_seen_a_step_later_leaves_the_state_that_is_seen_at_once(tmp_path, monkeypatch, every) -> None:
+    broken_at(2, monkeypatch)
+    kept = {}
+    for late in ((), ("cpu",)):
+        run = tmp_path / f"late{len(late)}"
+        with pytest.raises(SharedError, match="the loss is inf at step 2, .* one of the samples: scene_"):
+            fit(run, 6, late=late, every=every)
+        kept[late] = torch.load(run / "nonfinite.ckpt", weights_only=True)
+        assert not (run / "last.ckpt").exists()
+    at_once, later = kept.values()
+    assert later["global_step"] == at_once["global_step"] == 2
+    for name, tensor in at_once["state_dict"].items():
+        if "running" not in name and "num_batches" not in name:  # of BatchNorm, which has seen one batch more
+            assert torch.equal(later["state_dict"][name], tensor), name
+    assert later["lr_schedulers"][0]["last_epoch"] == at_once["lr_schedulers"][0]["last_epoch"]
+    (mine,), (other,) = later["optimizer_states"], at_once["optimizer_states"]
+    assert mine["param_groups"] == other["param_groups"]
+    torch.testing.assert_close(mine["state"], other["state"], rtol=0, atol=0)
+
+
+def test_a_run_that_stays_finite_is_the_same_looked_at_later(tmp_path) -> None:
+    weights = [fit(tmp_path / f"late{len(late)}", 5, late=late)[1].model.state_dict() for late in ((), ("cpu",))]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_fp16_may_overflow_until_its_scale_fits(tmp_path) -> None:

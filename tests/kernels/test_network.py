@@ -15,11 +15,12 @@ from segformer import kernels
 from segformer.config import SegformerConfig
 from segformer.inference import Protocol, score, segment
 from segformer.losses import segmentation_loss
-from segformer.model import SegformerForSemanticSegmentation
+from segformer.model import DropPath, SegformerForSemanticSegmentation
 from segformer.pixels import normalize
 from tests.conftest import randomize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LEARNING = ("depthwise_gelu", "upsample_cross_entropy", "upsample_sum", "layer_norm", "add_layer_norm")
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_a_network_learns_the_same_with_kernels_and_without(street, options) -> 
         part.training = isinstance(part, nn.BatchNorm2d)
     found = learnt(model, images, labels, **options)
     used = operations(lambda: learnt(model, images, labels, **options))
-    assert {"depthwise_gelu", "depthwise_gelu_backward", "upsample_cross_entropy_backward"} <= used
+    assert used == {f"{name}{way}" for name in LEARNING for way in ("", "_backward")} - {"add_layer_norm_backward"}
     kernels.enable(False)
     assert not operations(lambda: learnt(model, images, labels, **options))
     assert_same(found, learnt(model, images, labels, **options), 1e-4)
@@ -79,8 +80,9 @@ def test_label_maps_and_scores_are_the_same_with_kernels_and_without(street) -> 
     model, images, labels = street
     found, counts = score(model, images, labels, 7)
     assert torch.equal(found, segment(model, images))
-    assert "upsample_argmax_confusion" in operations(lambda: score(model, images, labels, 7))
-    assert "upsample_argmax" in operations(lambda: segment(model, images))
+    used = {"depthwise_gelu", "upsample_sum", "layer_norm", "add_layer_norm"}
+    assert operations(lambda: score(model, images, labels, 7)) == used | {"upsample_argmax_confusion"}
+    assert operations(lambda: segment(model, images)) == used | {"upsample_argmax"}
     windows = Protocol(window=29, stride=8)
     slid = score(model, images, labels, 7, windows)
     kernels.enable(False)
@@ -103,14 +105,34 @@ def test_autocast_keeps_its_types(street) -> None:
     assert (found.logits - expected.logits).abs().max() < 0.1 * expected.logits.std()
 
 
-def test_a_double_network_and_one_that_is_watched_go_without(street) -> None:
+def test_paths_are_dropped_alike(street) -> None:
+    model, images, labels = street
+    for part in model.modules():
+        part.training = isinstance(part, nn.BatchNorm2d | DropPath)
+        if isinstance(part, DropPath):
+            part.rate = 0.5
+    torch.manual_seed(3)
+    found = learnt(model, images, labels)
+    kernels.enable(False)
+    torch.manual_seed(3)
+    expected = learnt(model, images, labels)
+    assert_same(found, expected, 1e-4)
+    assert not torch.isclose(learnt(model, images, labels)[0], expected[0], rtol=1e-4)  # others were dropped
+
+
+def test_a_double_network_goes_without(street) -> None:
     model, images, _ = street
     assert not operations(lambda: model.double()(normalize(images).double()))
+
+
+def test_what_is_watched_is_called(street) -> None:
+    model, images, _ = street
     seen = []
-    for part in model.float().modules():
-        if isinstance(part, nn.Conv2d | nn.LayerNorm):
-            part.register_forward_hook(lambda *_: seen.append(1))
-    assert not operations(lambda: model(normalize(images))) and seen
+    for name, part in model.named_modules():
+        if not list(part.children()):
+            part.register_forward_hook(lambda *_, name=name: seen.append(name))
+    assert operations(lambda: model(normalize(images))) == {"layer_norm"}  # which stands inside its module
+    assert set(seen) == {name for name, part in model.named_modules() if not list(part.children())}
 
 
 def test_the_network_compiles_to_one_graph_with_kernels_in_it(street) -> None:
@@ -119,7 +141,7 @@ def test_the_network_compiles_to_one_graph_with_kernels_in_it(street) -> None:
     expected = learnt(model, images, labels)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     assert_same(learnt(compiled, images, labels), expected, 1e-3)
-    assert "depthwise_gelu" in operations(lambda: compiled(normalize(images)))
+    assert operations(lambda: compiled(normalize(images))) == {"depthwise_gelu", "upsample_sum"}
     kernels.enable(False)
     assert_same(learnt(compiled, images, labels), expected, 1e-3)
     assert not operations(lambda: compiled(normalize(images)))
