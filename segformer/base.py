@@ -17,6 +17,7 @@ class SegformerPreTrainedModel(Pretrained):
     def __init__(self, config: SegformerConfig) -> None:
         super().__init__(config)
         self.frozen: tuple[str, ...] = ()
+        self.recorded = False  # as CUDA graphs, by a compiler
 
     @property
     def device(self) -> torch.device:

@@ -297,8 +297,9 @@ class SegformerDecodeHead(nn.Module):
         kernel = usable(maps[0]) and 2 <= len(maps) <= 4
         if maps[0].device.type == "cpu" and not (kernel or learning or torch.compiler.is_compiling()):
             return self._decode_bands(maps, weights, bias)
-        biases = bias, *[None] * (len(maps) - 1)
-        parts = [F.linear(x.permute(0, 2, 3, 1), *both) for x, *both in zip(maps, weights, biases, strict=True)]
+        tokens = [x.permute(0, 2, 3, 1) for x in maps]
+        rest = [F.linear(x, weight) for x, weight in zip(tokens[1:], weights[1:], strict=True)]
+        parts = [F.linear(tokens[0], weights[0], bias), *rest]
         if not self.batch_norm.training:
             return self.classifier(self.dropout(_upsample_sum(parts, kernel, relu=True)))
         fused = _upsample_sum(parts, kernel, relu=False)
@@ -454,7 +455,7 @@ def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def _upsample_sum(parts: Sequence[Tensor], kernel: bool, relu: bool) -> Tensor:
-    """(B, H, W, D) of each stage -> (B, D, H, W), channels-last: their sum at the first one's size; relu: at least 0."""
+    """(B, H, W, D) of each stage -> their sum at the first one's size, (B, D, H, W) channels-last; relu: at least 0."""
     if kernel:
         from segformer.kernels.upsample_sum import upsample_sum
 

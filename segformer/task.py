@@ -80,6 +80,13 @@ class Task(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            parts = self.trainer.accumulate_grad_batches
+            if parts > 1 and getattr(self.model, "recorded", False):
+                # the second part's gradients overwrite the first's: pytorch/pytorch#169545
+                raise SharedError(
+                    f"model.compile records CUDA graphs, which cannot add up the gradients of {parts} micro-batches: "
+                    "leave out data.micro_batch_size, or use model.compile=true"
+                )
             self.model = synchronized(self.model, self.trainer.strategy.root_device.type, self.trainer.world_size)
 
     def configure_optimizers(self) -> Any:

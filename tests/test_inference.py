@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from segformer import bilinear, inference
 from segformer.config import SegformerConfig
 from segformer.errors import UserError
-from segformer.inference import Protocol, segment
+from segformer.inference import Protocol, graphed, segment
 from segformer.model import SegformerForSemanticSegmentation
 from segformer.pixels import normalize, resize
 
@@ -375,3 +375,19 @@ def test_an_image_of_a_few_pixels_is_enlarged_over_whole_windows(tiny) -> None:
     protocol = Protocol(size=300, window=64, stride=48)
     model = tiny.double()
     assert (segment(model, image, protocol) == restated(model, image, protocol)).all()
+
+
+def test_a_graph_needs_a_gpu(tiny) -> None:
+    with pytest.raises(UserError, match="images are on cpu, but a CUDA graph needs them on a GPU: use segment"):
+        graphed(tiny, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.gpu
+def test_a_graph_does_what_segment_does(tiny) -> None:
+    model, images = tiny.cuda(), [torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8).cuda() for _ in range(3)]
+    for protocol in (Protocol(), Protocol(window=48, stride=32), Protocol(scales=[0.5, 1.0], flip=True)):
+        replay = graphed(model, images[0], protocol)
+        for one in images:
+            assert torch.equal(replay(one), segment(model, one, protocol))
+    with pytest.raises(UserError, match="images are 1 x 3 x 64 x 96, expected 2 x 3 x 64 x 96"):
+        replay(images[0][:1])

@@ -81,8 +81,20 @@ def test_a_training_step_reads_nothing_and_sends_nothing(loss, on) -> None:
 def test_a_label_map_and_its_score_read_nothing_and_send_nothing() -> None:
     with on_gpu() as (task, batch), Sent() as sent:
         found, counts = score(task.model, batch["image"], batch["mask"], 7)
-        segment(task.model, batch["image"])
     assert sent.by == [] and found.shape == (2, 64, 96) and counts.shape == (7, 7)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["kernels", "twins"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"size": [200, 80], "align": 32}, {"window": 48, "stride": 32}, {"scales": [0.5, 1.5], "flip": True}],
+    ids=str,
+)
+def test_a_protocol_reads_nothing_and_sends_nothing(settings, on) -> None:  # so it can be recorded as a CUDA graph
+    kernels.enable(on)
+    with on_gpu() as (task, batch), Sent() as sent:
+        assert segment(task.model, batch["image"], Protocol(**settings)).shape == (2, 64, 96)
+    assert sent.by == []
 
 
 def test_this_sees_what_is_sent_and_what_is_read() -> None:

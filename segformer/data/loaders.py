@@ -4,6 +4,9 @@ from collections.abc import Callable, Sized
 from typing import Any, Self
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from segformer.data.sampler import EvaluationShard, Order, TrainingBatches
@@ -49,6 +52,7 @@ class Loaders(pl.LightningDataModule):
         self.workers, self.worker_timeout, self.max_pixels = workers, worker_timeout, max_pixels
         self.datasets: dict[str, Any] = {}
         self.order: Order | None = None  # of the training samples, once they are asked for
+        self.sending: torch.cuda.Stream | None = None  # to a GPU
 
     def dataset(self, split: str) -> Any:
         """The samples of "train" or "val": a `Dataset` of known length, or a `Stream`."""
@@ -129,6 +133,21 @@ class Loaders(pl.LightningDataModule):
         dataset, options = self.datasets["val"], self.loader_options(trainer, collate)
         shard = EvaluationShard(len(dataset), trainer.global_rank, trainer.world_size)
         return DataLoader(dataset, sampler=shard, batch_size=batch_size, **options)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Sends a batch to a GPU by a stream of its own, while it is still at work on the step before."""
+        if device.type != "cuda":
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if self.sending is None:
+            self.sending = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self.sending):
+            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        using = torch.cuda.current_stream(device)
+        using.wait_stream(self.sending)
+        for part in tree_leaves(batch):
+            if isinstance(part, Tensor):
+                part.record_stream(using)  # its memory is not given away before the step is done
+        return batch
 
     def sample_names(self, step: int) -> list[str]:
         """The names of the samples of an optimiser step, over all devices; none of a stream."""

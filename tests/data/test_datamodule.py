@@ -213,3 +213,16 @@ def test_a_stream_of_fewer_samples_than_processes_is_refused() -> None:
     data = build("data", SegmentationData, STREAMED | {"train": One()}).opened("train")
     with pytest.raises(SharedError, match="data.train streams 1 samples for 2 processes.*use trainer.devices=1"):
         data._require_rows(2)
+
+
+@pytest.mark.gpu
+def test_what_is_sent_to_a_gpu_is_there_before_it_is_used() -> None:
+    data, device = build("data", SegmentationData, TOY), torch.device("cuda")
+    batches = [{"image": torch.full((8, 3, 512, 512), step, dtype=torch.uint8).pin_memory()} for step in range(64)]
+    found, busy = [], torch.randn(4096, 4096, device=device)
+    for batch in batches:
+        image = data.transfer_batch_to_device(batch, device, 0)["image"]
+        busy = (busy @ busy).clamp(-1, 1)  # the host is ahead
+        found.append(image.double().mean() + 0 * busy[0, 0])
+        del image
+    assert [value.item() for value in found] == list(range(64))
