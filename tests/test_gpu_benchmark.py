@@ -32,8 +32,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(VARIANTS, "b0", VARIANTS["b0"])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
+    import gpu_bench
 
-    gpu.networks.cache_clear()
+    gpu_bench.networks.cache_clear()
     return gpu
 
 
@@ -86,15 +87,19 @@ def test_everything_that_a_cpu_can_do_is_checked_and_timed(tmp_path: Path) -> No
 def test_a_spent_budget_starts_nothing_and_is_no_failure(gpu: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu.main([*SMALL, "--budget", "0", "--json", str(tmp_path / "gpu.json")])
+    import gpu_bench
+
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert ended.value.code == 0 and found["environment"]["torch"] in torch.__version__
-    assert not any(found[section] for section in gpu.SECTIONS)
+    assert not any(found[section] for section in gpu_bench.SECTIONS)
     assert found["left_out"][:2] == ["checks b0", "checks upsample_cross_entropy"]
 
 
 def test_wrong_numbers_fail_the_run(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight of ours is off by a hundredth."""
-    exact = gpu.drawn
+    import gpu_networks
+
+    exact = gpu_networks.drawn
 
     def off(*arguments: Any) -> Any:
         theirs, ours = exact(*arguments)
@@ -102,25 +107,27 @@ def test_wrong_numbers_fail_the_run(gpu: Any, tmp_path: Path, monkeypatch: pytes
             ours.segformer.stages[0].blocks[0].mlp.fc1.weight.mul_(1.01)
         return theirs, ours
 
-    monkeypatch.setattr(gpu, "drawn", off)
+    monkeypatch.setattr(gpu_networks, "drawn", off)
     with pytest.raises(SystemExit) as ended:
         gpu.main([*SMALL, "--only", "checks", "--json", str(tmp_path / "gpu.json")])
     assert ended.value.code == 1
     found = json.loads((tmp_path / "gpu.json").read_text())["checks"][0]["found"]
     passed = {check["check"].split(",")[0]: check["passed"] for check in found}
     assert passed["gradients"] is False and passed["logits"] is False
-    assert gpu.wrong([{"found": [gpu.judged("not a number", float("nan"), 1.0)]}])
+    assert gpu.wrong([{"found": [gpu_networks.judged("not a number", float("nan"), 1.0)]}])
 
 
 def test_what_fails_is_recorded_and_the_rest_goes_on(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = gpu.STEPS["training"]
+    import gpu_networks
+
+    build = gpu_networks.STEPS["training"]
 
     def fail(bench: Any, variant: str, row: Any) -> Any:
         if variant == "segformer":
             raise torch.OutOfMemoryError("no memory\nleft")
         return build(bench, variant, row)
 
-    monkeypatch.setitem(gpu.STEPS, "training", fail)
+    monkeypatch.setitem(gpu_networks.STEPS, "training", fail)
     with pytest.raises(SystemExit) as ended:
         gpu.main([*SMALL, "--only", "training", "--json", str(tmp_path / "gpu.json")])
     found = json.loads((tmp_path / "gpu.json").read_text())
