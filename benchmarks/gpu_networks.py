@@ -199,17 +199,24 @@ def time_network(bench: Bench, task: str, row: Row) -> None:
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes in and out of every operation that is no view."""
+    """Bytes in and out of every operation that is no view, and how many there are."""
 
-    bytes = 0
+    bytes = operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if "upsample" not in name:  # one kernel, though there is a recipe for it
+            with self:  # in inference mode nobody has taken apart what is made of others: dropout that drops nothing
+                found = func.decompose(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         found = func(*args, **(kwargs or {}))
         aliases = [value.alias_info for value in func._schema.returns]
-        name = func._schema.name
         view = any(alias is not None and not alias.is_write for alias in aliases)
         if not view and name not in ("aten::_unsafe_view", "aten::_reshape_alias") and "empty" not in name:
-            for leaf in tree_leaves((args, kwargs, found)):
+            self.operations += 1
+            inputs = () if name.startswith("aten::new_") else (args, kwargs)  # they give a type, and are not read
+            for leaf in tree_leaves((inputs, found)):
                 if isinstance(leaf, Tensor):  # what is expanded lies there once
                     self.bytes += min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes())
         return found

@@ -169,3 +169,16 @@ def test_aims_are_judged_on_a_gpu_at_their_size(gpu: Any) -> None:
     assert aims["training b0, times transformers"]["variant"] == "segformer compiled"
     best = aims["inference b0, best batch, times transformers"]
     assert best["measured"] == 4 and best["variant"] == "segformer graphs, batch 16 to transformers, batch 16"
+
+
+def test_traffic_is_counted_on_any_machine() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "traffic.py"), "--models", "b0", "--sizes", "512"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| b0")]
+    for row in rows:
+        theirs, _, ours = (list(map(int, row[first : first + 2])) for first in (3, 5, 7))
+        assert 2 * ours[0] < theirs[0] and ours[1] < theirs[1]
+        assert float(row[9]) == pytest.approx(theirs[0] / ours[0], rel=1e-3)
+    # the network's share of it by hand: a 128 x 128 map of 256 channels in bf16 is 8.4 MB, and theirs has over 40 such
+    assert len(rows) == 2 and 500 < int(rows[0][3]) < 800 and int(rows[1][7]) > 2 * int(rows[0][7])
