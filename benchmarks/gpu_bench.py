@@ -34,9 +34,12 @@ TINY = {
 VARIANTS_OF = {
     "training": (
         *("transformers", "segformer", "segformer compiled", "segformer graphs", "segformer twins"),
-        "transformers compiled",
+        *("transformers compiled", "segformer every kernel"),
     ),
-    "inference": ("transformers", "segformer", "segformer graphs", "segformer compiled", "transformers compiled"),
+    "inference": (
+        *("transformers", "segformer", "segformer graphs", "segformer compiled", "transformers compiled"),
+        "segformer every kernel",
+    ),
 }
 SIDES, PASSES = ("transformers", "segformer"), ("forward + backward", "forward")
 SHORTEST = 0.1  # seconds of a timing on a GPU

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def training_step(bench: Bench, variant: str, row: Row) -> Run:
         kernels.enable(variant != "segformer twins")
         if variant.endswith("graphs"):
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16), every(variant):
             if own:  # as `task.SegmentationTask` has it
                 loss = segmentation_loss(network(normalized(network, images)).logits, labels)
             else:
@@ -143,7 +144,12 @@ def inference_step(bench: Bench, variant: str, row: Row) -> Run:
     if own:
         if variant.endswith("compiled"):
             network.compile()
-        return lambda: segment(network, images)
+
+        def found() -> Tensor:
+            with every(variant):
+                return segment(network, images)
+
+        return found
     shift, scale = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (MEAN, STD))
 
     def peer(images: Tensor) -> Tensor:
@@ -160,6 +166,11 @@ def inference_step(bench: Bench, variant: str, row: Row) -> Run:
             return peer(images)
 
     return run
+
+
+def every(variant: str) -> AbstractContextManager[None]:
+    """Kernels for tensors of any size: what the sizes from which on they are called cost and save."""
+    return kernels.recording() if variant.endswith("every kernel") else nullcontext()
 
 
 STEPS = {"training": training_step, "inference": inference_step}

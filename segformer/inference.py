@@ -19,7 +19,7 @@ from segformer.bilinear import (
     upsample_band,
 )
 from segformer.errors import UserError, nearest
-from segformer.kernels import usable
+from segformer.kernels import recording, usable
 from segformer.metrics import confusion_matrix
 from segformer.pixels import MEAN, STD, normalize, resize
 
@@ -184,7 +184,8 @@ def graphed(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
 
     A GPU is done with a small batch sooner than the host has launched the hundreds of kernels that it takes. images:
     uint8 RGB (B, 3, H, W) on the GPU, an example. Returns a function of images of that shape, whose label maps are
-    `segment`'s. Weights may change in place, not by others. An autocast around this call is recorded, too.
+    `segment`'s but for ties of rounding. Weights may change in place, not by others. An autocast around this call is
+    recorded, too.
 
     Raises:
         UserError: the images are not on a CUDA device; or, by the function, are of another shape.
@@ -194,7 +195,7 @@ def graphed(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
     kept = images.clone()
     half = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     # a cast weight that autocast remembers would lie in the graph's own memory
-    with torch.cuda.device(images.device), torch.autocast("cuda", *half, cache_enabled=False):
+    with torch.cuda.device(images.device), torch.autocast("cuda", *half, cache_enabled=False), recording():
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

@@ -27,6 +27,10 @@ from segformer.outputs import BaseModelOutput, ImageClassifierOutput, SemanticSe
 LAYER_NORM_EPS = {"hf": (1e-5, 1e-5), "nvlabs": (1e-5, 1e-6)}
 # element-wise as transformers; NVlabs drops whole channels, a stronger regulariser
 CLASSIFIER_DROPOUT: dict[str, type[nn.Module]] = {"element": nn.Dropout, "channel": nn.Dropout2d}
+# from which on a kernel saves a GPU more than calling it costs the host: rows to be normalised, and numbers between the
+# matrices of a Mix-FFN. By what PyTorch's kernels are known to take, a block of threads for each row and five times the
+# floor, not by measurement
+LEAST_ROWS, LEAST_HIDDEN = 2**16, 2**22
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -58,7 +62,8 @@ class LayerNorm(nn.LayerNorm):
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel does."""
-        return usable(x) and x.shape[-1] <= 1024 and not torch.compiler.is_compiling()
+        least = LEAST_ROWS * x.shape[-1]
+        return not torch.compiler.is_compiling() and x.shape[-1] <= 1024 and usable(x, least)
 
     def result(self, x: Tensor) -> torch.dtype:
         """The type of the result: under autocast PyTorch's own gives float32."""
@@ -137,7 +142,7 @@ class MixFFN(nn.Module):
 
     def _convolved(self, x: Tensor) -> Tensor:
         """(B, H, W, 4C) -> the same of the convolution and the activation."""
-        if self.activation is F.gelu and usable(x) and _plain(self.dwconv, nn.Conv2d):
+        if self.activation is F.gelu and usable(x, LEAST_HIDDEN) and _plain(self.dwconv, nn.Conv2d):
             from segformer.kernels.depthwise import depthwise_gelu
 
             assert self.dwconv.bias is not None

@@ -65,7 +65,7 @@ def test_a_training_step_reads_nothing_and_sends_nothing(loss, on) -> None:
     kernels.enable(on)
     with on_gpu(**loss) as (task, batch):
         optimizer, schedule = adamw(task.model, 10, 6e-5, (0.9, 0.999), 0.01, 10, 2, 1e-6)
-        with Sent() as sent:
+        with Sent() as sent, kernels.recording():  # of all sizes
             for _ in range(2):
                 with torch.autocast("cuda", torch.bfloat16):
                     task.loss_of(batch)
@@ -95,6 +95,16 @@ def test_a_protocol_reads_nothing_and_sends_nothing(settings, on) -> None:  # so
     with on_gpu() as (task, batch), Sent() as sent:
         assert segment(task.model, batch["image"], Protocol(**settings)).shape == (2, 64, 96)
     assert sent.by == []
+
+
+def test_a_kernel_is_called_where_it_pays() -> None:
+    with FakeTensorMode():
+        few = torch.empty(100, device="cuda")
+        assert kernels.usable(few) and kernels.usable(few, least=100) and not kernels.usable(few, least=101)
+        with kernels.recording():
+            assert kernels.usable(few, least=101)
+        assert not kernels.usable(few, least=101)
+        assert not kernels.usable(few.double()) and not kernels.usable(torch.empty(100))
 
 
 def test_this_sees_what_is_sent_and_what_is_read() -> None:

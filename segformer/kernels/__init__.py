@@ -7,6 +7,8 @@ have.
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,6 +20,7 @@ _FOUND = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what all kernels read; they compute in float32
 _enabled = os.environ.get("SEGFORMER_KERNELS") != "0"
+_recorded = False
 
 
 def enable(on: bool) -> None:
@@ -26,17 +29,32 @@ def enable(on: bool) -> None:
     _enabled = on
 
 
-def usable(tensor: Tensor) -> bool:
+@contextmanager
+def recording() -> Iterator[None]:
+    """What is launched in here is recorded as a CUDA graph: launching costs nothing, and no tensor is too small."""
+    global _recorded  # noqa: PLW0603
+    before, _recorded = _recorded, True
+    try:
+        yield
+    finally:
+        _recorded = before
+
+
+def usable(tensor: Tensor, least: int = 0) -> bool:
     """Whether kernels may take this tensor: of 16 or 32 bits, on an NVIDIA or AMD GPU on which Triton works.
 
     Elsewhere where Triton is an interpreter (`TRITON_INTERPRET=1`, for tests). Never while a graph is exported: what
-    reads it does not know these operations.
+    reads it does not know these operations. least: numbers that make it worth while. A call from Python takes the host
+    some 30 microseconds, PyTorch's own operations 5, and a GPU that is not busy for as long only waits for the next.
     """
     if not (_enabled and _FOUND) or tensor.dtype not in _DTYPES:
         return False
     if torch.compiler.is_exporting():
         return False
-    return _works(tensor.get_device()) if tensor.is_cuda else _INTERPRETED
+    if not tensor.is_cuda:
+        return _INTERPRETED
+    worth = _recorded or torch.compiler.is_compiling() or tensor.numel() >= least
+    return worth and _works(tensor.get_device())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
