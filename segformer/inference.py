@@ -162,6 +162,9 @@ def score(
     Labels outside 0..K-1 (255 = ignore) do not count. A kernel that makes the label map counts in the same pass, and
     the host does not wait for the GPU.
     """
+    if labels.shape != images[:, 0].shape:
+        sizes = [" x ".join(map(str, each.shape)) for each in (labels, images[:, 0])]
+        raise UserError(f"labels are {sizes[0]}, expected the images' own size, {sizes[1]}")
     if not usable(next(model.parameters())):
         found = segment(model, images, protocol)
         return found, confusion_matrix(found, labels, classes)
@@ -210,7 +213,8 @@ def graphed(model: nn.Module, images: Tensor, protocol: Protocol = Protocol()) -
         if images.shape != kept.shape:
             found, expected = (" x ".join(map(str, each.shape)) for each in (images, kept))
             raise UserError(f"images are {found}, expected {expected}, as they were recorded: record them anew")
-        kept.copy_(images)
+        with torch.inference_mode():  # it may have been recorded in it
+            kept.copy_(images)
         graph.replay()
         return labels.clone()
 

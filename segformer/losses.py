@@ -79,7 +79,7 @@ def pixel_cross_entropy(
         )
     if not isinstance(ohem_min_kept, int) or ohem_min_kept < 0:
         raise UserError(f"ohem_min_kept is {ohem_min_kept}, expected a whole number of pixels of at least 0")
-    _check(logits, labels, ignore_index)
+    labels = _checked(logits, labels, ignore_index)
     if class_weights is not None:
         _check_factors(class_weights, classes)
         class_weights = _exact(torch.as_tensor(class_weights, device=logits.device), like=logits)
@@ -105,7 +105,7 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE, smooth
     """
     if not 0 <= smooth < math.inf:
         raise UserError(f"smooth is {smooth}, expected a number of pixels of at least 0")
-    _check(logits, labels, ignore_index)
+    labels = _checked(logits, labels, ignore_index)
     return _BandedLoss.apply(logits, labels, _Dice(ignore_index, smooth))
 
 
@@ -115,6 +115,7 @@ def binary_pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int
     logits: (B, 1, h, w). labels: (B, H, W), 0, 1 or `ignore_index`. The mean is over all pixels, ignored ones counting
     zero, as transformers has it; other labels, which make its loss negative, are refused here.
     """
+    labels = _comparable(labels, ignore_index)
     scored = (labels >= 0) & (labels != ignore_index)
     if not torch.compiler.is_compiling() and bool((scored & (labels > 1)).any()):
         raise UserError(
@@ -143,12 +144,22 @@ def _check_factors(factors: Any, classes: int) -> None:
         raise UserError(f"class_weights are {factors}, expected {classes} factors of at least 0, not all of them 0")
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+def _comparable(labels: Tensor, *numbers: int) -> Tensor:
+    """Labels of a type that holds these numbers: a byte takes -100 for 156, and 256 for 0."""
+    if labels.dtype == torch.bool:
+        return labels.byte()
+    limits = torch.iinfo(labels.dtype)
+    return labels if all(limits.min <= number <= limits.max for number in numbers) else labels.int()
+
+
+def _checked(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The labels, of a type that they can be compared in."""
     classes = logits.shape[1]
     if classes < 2:
         raise UserError(f"logits have {classes} class, expected at least 2: declare the background as a class")
     if labels.ndim != 3 or len(labels) != len(logits):
         raise UserError(f"labels have shape {tuple(labels.shape)}, expected (batch {len(logits)}, height, width)")
+    labels = _comparable(labels, ignore_index, classes)
     if _readable(labels):
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         if len(wrong):
@@ -156,6 +167,7 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
                 f"labels hold {int(wrong[0])}, expected 0 to {classes - 1} or {ignore_index}: the model has {classes} "
                 "classes; do the labels start at 1, or is the ignored value another one?"
             )
+    return labels
 
 
 def _exact(values: Tensor, like: Tensor | None = None) -> Tensor:

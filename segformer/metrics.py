@@ -29,13 +29,16 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     """
     if label.device.type == "cpu" and label.dtype == prediction.dtype == torch.uint8:
         return _counted(prediction.flatten(), label.flatten(), classes)
-    # one row for each of the 256 values a label byte can hold: cheaper than masking the ignored pixels out first
-    key = label.to(torch.int32) * classes + prediction.to(torch.int32)
+    rows, row = 256, label.to(torch.int32)
+    if label.dtype != torch.uint8 or classes > rows:
+        # of a byte, one row for each value it can hold is cheaper than telling the ignored pixels first
+        rows, row = classes + 1, torch.where((row >= 0) & (row < classes), row, classes)
+    key = row * classes + prediction.to(torch.int32)
     if key.device.type == "cpu":  # torch.bincount is slow on CPU above a million numbers
-        counts = torch.from_numpy(np.bincount(key.flatten().numpy(), minlength=256 * classes))
+        counts = torch.from_numpy(np.bincount(key.flatten().numpy(), minlength=rows * classes))
     else:
-        counts = torch.bincount(key.flatten(), minlength=256 * classes)
-    return counts.view(256, classes)[:classes]
+        counts = torch.bincount(key.flatten(), minlength=rows * classes)
+    return counts.view(rows, classes)[:classes]
 
 
 def _counted(prediction: Tensor, label: Tensor, classes: int) -> Tensor:

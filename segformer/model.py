@@ -142,13 +142,14 @@ class MixFFN(nn.Module):
 
     def _convolved(self, x: Tensor) -> Tensor:
         """(B, H, W, 4C) -> the same of the convolution and the activation."""
-        if self.activation is F.gelu and usable(x, LEAST_HIDDEN) and _plain(self.dwconv, nn.Conv2d):
+        conv = self.dwconv
+        if self.activation is F.gelu and usable(x, LEAST_HIDDEN) and _depthwise(conv):
             from segformer.kernels.depthwise import depthwise_gelu
 
-            assert self.dwconv.bias is not None
+            assert conv.bias is not None
             tokens = x.flatten(1, 2)  # (B, N, 4C)
-            return depthwise_gelu(tokens, self.dwconv.weight, self.dwconv.bias, x.shape[1], x.shape[2]).view(x.shape)
-        return self.activation(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            return depthwise_gelu(tokens, conv.weight, conv.bias, x.shape[1], x.shape[2]).view(x.shape)
+        return self.activation(conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class DropPath(nn.Module):
@@ -456,7 +457,15 @@ def _check_pixels(pixels: Tensor, config: SegformerConfig) -> None:
 def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is just what it was built as and nobody watches it: then what it does may be done elsewhere."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(module) in kinds and not any(getattr(module, hook) for hook in hooks)
+    own = "forward" in vars(module)  # put there by who wraps a module in place
+    return type(module) in kinds and not own and not any(getattr(module, hook) for hook in hooks)
+
+
+def _depthwise(conv: nn.Conv2d) -> bool:
+    """Whether it is the Mix-FFN's convolution, not another one in its place."""
+    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.bias is not None
+    alike = found == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros", True)
+    return _plain(conv, nn.Conv2d) and alike and conv.groups == conv.in_channels == conv.out_channels
 
 
 def _upsample_sum(parts: Sequence[Tensor], kernel: bool, relu: bool) -> Tensor:

@@ -39,10 +39,11 @@ class Readable(Protocol):
 def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """uint8 (B, C, H, W) in 0..255 -> float32 of zero mean and unit variance, by the C bands' means and deviations."""
     if images.device.type == "cpu":
-        shift, scale = torch.tensor([tuple(mean), tuple(std)])
+        shift, scale = torch.tensor(mean), torch.tensor(std)
     else:  # made there: numbers sent by the host would have it wait for the device, and are refused in a CUDA graph
         numbers = [images.new_full((1,), number, dtype=torch.float32) for number in (*mean, *std)]
-        shift, scale = torch.cat(numbers).chunk(2)
+        both = torch.cat(numbers)
+        shift, scale = both[: len(mean)], both[len(mean) :]
     return (images.float() - shift.view(1, -1, 1, 1)) / scale.view(1, -1, 1, 1)
 
 

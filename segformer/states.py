@@ -249,15 +249,35 @@ class Averaging(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=self._average)
         self.decay = decay
+        self.broken: Tensor | None = None  # 1 where the step was not finite, known to the device alone (`stops.Stops`)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *others: Any) -> None:
+        self.broken = getattr(trainer.optimizers[0], "found_inf", None)
+        super().on_train_batch_end(trainer, *others)
 
     @torch.no_grad()
     def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], _: Any) -> None:
-        done = self._latest_update_step
+        done, now = self._latest_update_step, list(current)
         share = 1 - min(self.decay, (1 + done) / (10 + done))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(list(averaged), list(current), share)
-        else:  # counters
-            torch._foreach_copy_(list(averaged), list(current))
+        assert self._average_model is not None
+        if self.broken is not None:  # the weights are as they were, but BatchNorm has seen the batch
+            seen = {buffer.data_ptr() for buffer in self._average_model.module.buffers()}
+            pairs = zip(averaged, now, strict=True)
+            now = [torch.where(self.broken > 0, old, new) if old.data_ptr() in seen else new for old, new in pairs]
+        if not averaged[0].is_floating_point():  # counters
+            torch._foreach_copy_(list(averaged), now)
+        elif self.broken is None:
+            torch._foreach_lerp_(list(averaged), now, share)
+        else:  # nothing of it, where the step was not finite
+            way = torch._foreach_sub(now, list(averaged))
+            torch._foreach_mul_(way, share * (1 - self.broken))
+            torch._foreach_add_(list(averaged), way)
+
+    def undo(self, steps: int) -> None:
+        """Forgets that it counted the latest steps, none of which was finite."""
+        self._latest_update_step -= steps
+        if steps and self._average_model is not None:
+            self._average_model.n_averaged -= steps
 
 
 class _Counter(io.BytesIO):

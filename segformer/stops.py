@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from segformer.errors import SharedError
 from segformer.launch import STOPPED, spawned
-from segformer.states import LastCheckpoint, last_checkpoints
+from segformer.states import Averaging, LastCheckpoint, last_checkpoints
 from segformer.task import Task
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -151,6 +151,9 @@ class Stops(pl.Callback):
         if undone:
             schedule.last_epoch -= 1 + undone
             schedule.step()  # type: ignore[call-arg]  # to where it was, the optimiser's rates with it
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's set-up
+            if isinstance(callback, Averaging):
+                callback.undo(undone)
         assert isinstance(trainer.lightning_module, Task)
         self._not_finite(trainer, trainer.lightning_module, verdict.loss, verdict.norm)
 

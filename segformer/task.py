@@ -96,6 +96,17 @@ class Task(pl.LightningModule):
         optimizer, schedule = build("optim", adamw, self.optim, **more)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's own, which refuses fused optimisers under bf16-mixed, though nothing is scaled there."""
+        if gradient_clip_val:
+            clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+            clip([parameter for group in optimizer.param_groups for parameter in group["params"]], gradient_clip_val)
+
     def summary(self) -> str:
         """How many parameters learn at which rate: a line a group."""
         lines = []
@@ -167,8 +178,6 @@ class SegmentationTask(Task):
         "dice_weight": "dice_weight",
     }
 
-    class_weights: Tensor | None
-
     def __init__(
         self,
         model: Pretrained,
@@ -183,13 +192,16 @@ class SegmentationTask(Task):
         anything = torch.zeros(1, model.config.num_labels, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
         build("optim", segmentation_loss, self.loss, logits=anything[0], labels=anything[1])  # refuses what is wrong
         factors = self.loss.pop("class_weights", None)
-        # they lie on the device: sent at each step, they would have the host wait for it
-        kept = None if factors is None else torch.as_tensor(factors, dtype=torch.float32)
-        self.register_buffer("class_weights", kept, persistent=False)
+        self.class_weights = None if factors is None else torch.tensor(factors, dtype=torch.float32)
         self.protocol = protocol
         self.confusion = Confusion(model.config.num_labels)
         self.scores = Scores.from_confusion(self.confusion.matrix)  # of the latest validation; all absent before it
         self.images_scored = 0
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.class_weights is not None:  # sent at each step, they would have the host wait for the device
+            self.class_weights = self.class_weights.to(self.trainer.strategy.root_device)
 
     def loss_of(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(normalized(self.model, batch["image"])).logits

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from segformer import bilinear, inference
 from segformer.config import SegformerConfig
 from segformer.errors import UserError
-from segformer.inference import Protocol, graphed, segment
+from segformer.inference import Protocol, graphed, score, segment
 from segformer.model import SegformerForSemanticSegmentation
 from segformer.pixels import normalize, resize
 
@@ -375,6 +375,16 @@ def test_an_image_of_a_few_pixels_is_enlarged_over_whole_windows(tiny) -> None:
     protocol = Protocol(size=300, window=64, stride=48)
     model = tiny.double()
     assert (segment(model, image, protocol) == restated(model, image, protocol)).all()
+
+
+def test_a_score_is_of_the_images_own_size(tiny) -> None:
+    images, labels = torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.zeros(1, 64, 96, dtype=torch.uint8)
+    found, counts = score(tiny, images, labels, 7)
+    assert torch.equal(found, segment(tiny, images)) and torch.equal(
+        counts[0], torch.bincount(found.flatten(), minlength=7)
+    )
+    with pytest.raises(UserError, match="labels are 1 x 32 x 48, expected the images' own size, 1 x 64 x 96"):
+        score(tiny, images, labels[:, ::2, ::2], 7)
 
 
 def test_a_graph_needs_a_gpu(tiny) -> None:

@@ -305,3 +305,16 @@ def test_wrong_arguments_are_told(shape, labels, options, message) -> None:
 def test_wrong_arguments_of_dice_are_told(shape, value, smooth, message) -> None:
     with pytest.raises(UserError, match=message):
         dice_loss(torch.zeros(shape), torch.full((1, 32, 32), value), smooth=smooth)
+
+
+def test_bytes_are_compared_with_numbers_that_no_byte_holds() -> None:
+    """A byte would take -100 for 156, 256 for 0 and 300 for 44."""
+    labels = torch.tensor([[[156, 3], [44, 255]]], dtype=torch.uint8)
+    for classes, ignore in ((200, -100), (256, 255), (300, -1)):
+        logits = torch.randn(1, classes, 2, 2)
+        if classes == 200:
+            with pytest.raises(UserError, match="labels hold 255, expected 0 to 199 or -100"):
+                pixel_cross_entropy(logits, labels, ignore)
+            labels[labels == 255] = 199
+        expected = torch.nn.functional.cross_entropy(logits, labels.long(), ignore_index=ignore)
+        torch.testing.assert_close(pixel_cross_entropy(logits, labels, ignore), expected)

@@ -252,3 +252,17 @@ def test_scores_are_those_of_hugging_faces_evaluate(tmp_path) -> None:
         for ours, theirs in names.items():
             told = f"{name}, {classes} classes: {theirs}"
             np.testing.assert_allclose(getattr(scores, ours), found[f"{theirs}{number}"], rtol=1e-12, err_msg=told)
+
+
+@pytest.mark.parametrize(
+    ("classes", "kind"), [(3, torch.int64), (255, torch.int16), (300, torch.int16), (300, torch.uint8)]
+)
+def test_labels_of_any_integer_type_are_counted(classes, kind) -> None:
+    low = 0 if kind == torch.uint8 else -2
+    label = torch.randint(low, min(classes + 9, torch.iinfo(kind).max + 1), (40, 50)).to(kind)
+    prediction = torch.randint(classes, (40, 50), dtype=torch.int16)
+    expected = torch.zeros(classes, classes, dtype=torch.int64)
+    for row, column in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+        if 0 <= row < classes:
+            expected[row, column] += 1
+    assert torch.equal(confusion_matrix(prediction, label, classes), expected)

@@ -135,14 +135,15 @@ def test_a_run_without_a_better_score_ends_early(tmp_path) -> None:
     assert validated.steps[-1] < 10 and len(validated.steps) >= 3
 
 
-def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tmp_path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tmp_path, precision) -> None:
     norms = []
 
     class Norm(pl.Callback):
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
             norms.append(float(torch.cat([p.grad.flatten() for p in task.parameters()]).norm()))
 
-    fitted(tmp_path, 3, [Norm()], gradient_clip_val=0.01, limit_val_batches=0)
+    fitted(tmp_path, 3, [Norm()], gradient_clip_val=0.01, limit_val_batches=0, precision=precision)
     stepped = norms[1::2]  # two micro-batches a step
     assert len(stepped) == 3 and all(norm == pytest.approx(0.01, rel=1e-3) for norm in stepped)
 

@@ -32,7 +32,7 @@ LATE = pytest.mark.parametrize("late", [(), ("cpu",)], ids=["at once", "a step l
 
 
 def fit(
-    tmp_path, steps: int, scale: float | None = None, late=(), every: int = 1000, **optim
+    tmp_path, steps: int, scale: float | None = None, late=(), every: int = 1000, average=None, resumed=None, **optim
 ) -> tuple[Steps, SegmentationTask]:
     data = build("data", SegmentationData, TOY, seed=0).opened("train", "val")
     hyper_parameters = {"model": {}, "config": {}}
@@ -43,10 +43,11 @@ def fit(
     half = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))] if scale else []
     trainer = pl.Trainer(
         max_steps=steps, val_check_interval=steps, limit_val_batches=0, accelerator="cpu", devices=1, logger=False,
-        enable_progress_bar=False, plugins=half, callbacks=[seen, Stops(last, late), last], **resume.LOOP,
+        enable_progress_bar=False, plugins=half, **resume.LOOP,
+        callbacks=[seen, Stops(last, late), *Steering(every, ema_decay=average).callbacks("val/miou"), last],
     )  # fmt: skip
     resume.share_batches(trainer, data)
-    trainer.fit(task, data)
+    trainer.fit(task, data, ckpt_path=resumed, weights_only=True)
     return seen, task
 
 
@@ -88,30 +89,47 @@ def test_an_infinite_loss_stops_even_where_its_gradient_is_finite(tmp_path, monk
         fit(tmp_path, steps, late=late)
 
 
+@pytest.mark.parametrize("average", [None, 0.9])
 @pytest.mark.parametrize("every", [1000, 3])  # found in the next step, or before a checkpoint is written
-def test_what_is_seen_a_step_later_leaves_the_state_that_is_seen_at_once(tmp_path, monkeypatch, every) -> None:
+def test_what_is_seen_a_step_later_leaves_the_state_that_is_seen_at_once(tmp_path, monkeypatch, every, average) -> None:
     broken_at(2, monkeypatch)
     kept = {}
     for late in ((), ("cpu",)):
         run = tmp_path / f"late{len(late)}"
         with pytest.raises(SharedError, match="the loss is inf at step 2, .* one of the samples: scene_"):
-            fit(run, 6, late=late, every=every)
+            fit(run, 6, late=late, every=every, average=average)
         kept[late] = torch.load(run / "nonfinite.ckpt", weights_only=True)
         assert not (run / "last.ckpt").exists()
     at_once, later = kept.values()
     assert later["global_step"] == at_once["global_step"] == 2
     for name, tensor in at_once["state_dict"].items():
         if "running" not in name and "num_batches" not in name:  # of BatchNorm, which has seen one batch more
-            assert torch.equal(later["state_dict"][name], tensor), name
+            torch.testing.assert_close(later["state_dict"][name], tensor, rtol=1e-6 if average else 0, atol=1e-8)
+    if average:
+        assert later["averaging_state"]["n_averaged"] == at_once["averaging_state"]["n_averaged"] == 2
+        assert later["callbacks"]["Averaging"] == at_once["callbacks"]["Averaging"]
     assert later["lr_schedulers"][0]["last_epoch"] == at_once["lr_schedulers"][0]["last_epoch"]
     (mine,), (other,) = later["optimizer_states"], at_once["optimizer_states"]
     assert mine["param_groups"] == other["param_groups"]
     torch.testing.assert_close(mine["state"], other["state"], rtol=0, atol=0)
 
 
-def test_a_run_that_stays_finite_is_the_same_looked_at_later(tmp_path) -> None:
-    weights = [fit(tmp_path / f"late{len(late)}", 5, late=late)[1].model.state_dict() for late in ((), ("cpu",))]
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_a_run_that_stays_finite_is_the_same_looked_at_later(tmp_path, average) -> None:
+    found = [fit(tmp_path / f"late{len(late)}", 5, late=late, average=average)[1] for late in ((), ("cpu",))]
+    weights = [task.model.state_dict() for task in found]
+    torch.testing.assert_close(*weights, rtol=1e-6 if average else 0, atol=1e-8 if average else 0)
+
+
+def test_a_run_goes_on_from_what_was_not_finite_as_if_nothing_had_happened(tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        broken_at(2, patch)
+        with pytest.raises(SharedError):
+            fit(tmp_path / "run", 5, late=("cpu",), average=0.9)
+    _, again = fit(tmp_path / "again", 5, late=("cpu",), average=0.9, resumed=tmp_path / "run" / "nonfinite.ckpt")
+    _, unbroken = fit(tmp_path / "unbroken", 5, late=("cpu",), average=0.9)
+    for (name, found), expected in zip(again.model.named_parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
 
 
 def test_fp16_may_overflow_until_its_scale_fits(tmp_path) -> None:

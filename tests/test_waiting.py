@@ -33,8 +33,9 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor)]
-        # a number of the host is an argument of a launch, if it has no dimension
-        if len({tensor.device.type for tensor in tensors if tensor.dim()}) > 1:
+        # a number of the host, without a dimension, is an argument of a launch; but a copy is a copy
+        copies = any(name in func._schema.name for name in ("copy", "::to", "lift"))
+        if len({tensor.device.type for tensor in tensors if tensor.dim() or copies}) > 1:
             self.by.append(str(func))
         return found
 
@@ -52,8 +53,10 @@ def on_gpu(**loss) -> Iterator[tuple[SegmentationTask, dict[str, Tensor]]]:
     with torch.device("meta"):
         model = SegformerForSemanticSegmentation(SegformerConfig(**TINY, num_labels=7))
     task = SegmentationTask(model, Protocol(), loss).train()
+    weights = task.class_weights
     with FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(2, 3, 64, 96, dtype=torch.uint8, device="cuda")
+        task.class_weights = None if weights is None else torch.empty(7, device="cuda")  # as `setup` has it
         yield task.to_empty(device="cuda"), {"image": image, "mask": image[:, 0]}
 
 
@@ -112,7 +115,15 @@ def test_this_sees_what_is_sent_and_what_is_read() -> None:
         image = torch.empty(1, 3, 4, 4, dtype=torch.uint8, device="cuda")
         normalize(image)
         assert sent.by == []
-        torch.tensor([1.0, 2.0], device="cuda")
-        assert len(sent.by) == 1
+        for sending in (
+            lambda: torch.tensor([1.0, 2.0], device="cuda"),
+            lambda: torch.tensor(5.0, device="cuda"),
+            lambda: image.sum().cpu(),
+            lambda: image.sum().to("cpu", non_blocking=True),
+            lambda: torch.zeros(()).copy_(image.float().sum()),
+        ):
+            sent.by.clear()
+            sending()
+            assert sent.by
         with pytest.raises(Exception, match="local_scalar_dense"):
             bool(normalize(image).sum() > 0)

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _FOUND = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,29 +50,47 @@ def usable(tensor: Tensor, least: int = 0) -> bool:
     """
     if not (_enabled and _FOUND) or tensor.dtype not in _DTYPES:
         return False
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is always true to the compiler of torch 2.11
         return False
-    if not tensor.is_cuda:
-        return _INTERPRETED
-    worth = _recorded or torch.compiler.is_compiling() or tensor.numel() >= least
-    return worth and _works(tensor.get_device())
+    compiling = torch.compiler.is_compiling()
+    worth = _INTERPRETED or _recorded or compiling or tensor.numel() >= least
+    return worth and (tensor.is_cuda or _INTERPRETED) and _works(tensor.get_device())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
 def _works(device: int) -> bool:
-    """Whether a small example is right on this GPU. Triton needs a C compiler, and no GPU that is too old for it."""
+    """Whether kernels do on this GPU (-1: on the CPU, interpreted)."""
     try:
-        from segformer.kernels.depthwise import depthwise_gelu
+        return _proved(device)
+    except _NotNow:
+        return False
 
-        with torch.inference_mode():
-            tokens = torch.linspace(-1, 1, 24, device=f"cuda:{device}").view(2, 3, 4)
-            weight, bias = torch.linspace(1, -1, 36, device=tokens.device).view(4, 1, 3, 3), tokens[0, 0]
-            found = depthwise_gelu(tokens, weight, bias, 1, 3)
-            maps = F.conv2d(tokens.mT.unsqueeze(2), weight, bias, padding=1, groups=4)  # (B, C, 1, 3)
-            torch.testing.assert_close(found, F.gelu(maps)[:, :, 0].mT, atol=1e-2, rtol=1e-2)  # it may be in TF32
+
+class _NotNow(Exception):
+    """Nothing can be tried while a CUDA graph is recorded; it is not said that it would fail."""
+
+
+@cache  # beneath what the compiler calls as it stands: through a cache it would look, and trace the example
+def _proved(device: int) -> bool:
+    if device >= 0 and torch.cuda.is_current_stream_capturing():
+        raise _NotNow
+    try:
+        with _disable_current_modes(), torch.inference_mode():  # of tensors without numbers, say
+            _try_out(torch.device("cpu" if device < 0 else f"cuda:{device}"))
     except Exception as error:  # of a compiler, a driver, Triton itself: each a type of its own
         told = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"GPU kernels are off, PyTorch's own operations take their place: {told}", stacklevel=2)
         return False
     return True
+
+
+def _try_out(device: torch.device) -> None:
+    """Raises unless a small example is right: Triton needs a C compiler, and no GPU that is too old for it."""
+    from segformer.kernels.depthwise import depthwise_gelu
+
+    with torch.autocast(device.type, enabled=False):
+        tokens = torch.linspace(-1, 1, 24, device=device).view(2, 3, 4)
+        weight, bias = torch.linspace(1, -1, 36, device=device).view(4, 1, 3, 3), tokens[0, 0]
+        found = depthwise_gelu(tokens, weight, bias, 1, 3)
+        maps = F.conv2d(tokens.mT.unsqueeze(2), weight, bias, padding=1, groups=4)  # (B, C, 1, 3)
+        torch.testing.assert_close(found, F.gelu(maps)[:, :, 0].mT, atol=1e-2, rtol=1e-2)  # it may be in TF32

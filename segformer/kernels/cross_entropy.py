@@ -67,15 +67,16 @@ def _summed(
     grid = (triton.cdiv(width, block), rows + 1, batch)
     spread = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     sums = torch.empty((2, grid[0] * grid[1] * grid[2]), dtype=torch.float32, device=logits.device)
-    _forward[grid](
-        logits, labels, weights, spread, sums, sums.shape[1],
-        classes, rows, columns, height, width, *logits.stride(), ignore_index, smoothing,
-        SMOOTH=smoothing > 0,
-        CLASSES=min(16, triton.next_power_of_2(classes)),
-        ROWS=min(4, triton.next_power_of_2(triton.cdiv(height, rows))),
-        COLUMNS=block,
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        _forward[grid](
+            logits, labels, weights, spread, sums, sums.shape[1],
+            classes, rows, columns, height, width, *logits.stride(), ignore_index, smoothing,
+            SMOOTH=smoothing > 0,
+            CLASSES=min(16, triton.next_power_of_2(classes)),
+            ROWS=min(4, triton.next_power_of_2(triton.cdiv(height, rows))),
+            COLUMNS=block,
+            num_warps=4,
+        )  # fmt: skip
     total, mass = sums.sum(dim=1, dtype=torch.float64).float().unbind()
     return total.clone(), mass.clone(), spread  # an op's outputs may not share memory
 
@@ -100,18 +101,19 @@ def _gradient(
     chunk = 16 if classes <= 16 else 32
     tiles = triton.cdiv(columns, owned_columns)
     grid = (tiles * triton.cdiv(classes, chunk), triton.cdiv(rows, owned_rows), batch)
-    _backward[grid](
-        scale, logits, labels, weights, spread, gradient, tiles, owned_columns,
-        classes, rows, columns, height, width, *logits.stride(), *gradient.stride(), ignore_index, smoothing,
-        SMOOTH=smoothing > 0,
-        CLASSES=chunk,
-        ALL_CLASSES=triton.next_power_of_2(classes),
-        OWNED_ROWS=owned_rows,
-        OWNED_COLUMNS=16,
-        COLUMNS=block,
-        PRECISION=PRECISION,
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        _backward[grid](
+            scale, logits, labels, weights, spread, gradient, tiles, owned_columns,
+            classes, rows, columns, height, width, *logits.stride(), *gradient.stride(), ignore_index, smoothing,
+            SMOOTH=smoothing > 0,
+            CLASSES=chunk,
+            ALL_CLASSES=triton.next_power_of_2(classes),
+            OWNED_ROWS=owned_rows,
+            OWNED_COLUMNS=16,
+            COLUMNS=block,
+            PRECISION=PRECISION,
+            num_warps=4,
+        )  # fmt: skip
     return gradient
 
 
@@ -123,9 +125,12 @@ def _(scale: Tensor, logits: Tensor, *_: Any) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, labels, weights, *ctx.options = inputs
     ctx.save_for_backward(logits, labels, weights, output[2])
+    ctx.set_materialize_grads(False)  # of the sums of exponentials it would be a whole map of zeros
 
 
-def _differentiate(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_total is None:
+        return None, None, None, None, None
     return _gradient(grad_total, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
@@ -169,9 +174,10 @@ def _stretched(image, wanted, row, column, share, rows, columns, by_row, by_colu
 @triton.jit
 def _read_labels(labels, weights, place, inside, classes, ignore_index):  # type: ignore[no-untyped-def]
     """Labels of pixels, whether they count, whether they are classes, and their weights: 0 ignored, NaN no class."""
-    label = tl.load(labels + place, mask=inside, other=0).to(tl.int32)
+    label = tl.load(labels + place, mask=inside, other=0)
     scored = inside & (label != ignore_index)
     known = scored & (label >= 0) & (label < classes)
+    label = label.to(tl.int32)  # after that: of 64 bits it would lose those that tell
     weight = tl.load(weights + label, mask=known, other=float("nan"))
     return label, scored, known, tl.where(scored, weight, 0.0)
 

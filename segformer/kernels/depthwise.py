@@ -51,7 +51,8 @@ def depthwise_gelu_backward(
     inner = torch.empty_like(tokens)
     # no atomic additions, whose order would differ from run to run: a place for each program's sums
     sums = tokens.new_empty(len(tokens), grid[1], triton.cdiv(width, tile[1]), 10, channels, dtype=torch.float32)
-    _inner_gradient[grid](grad, tokens, weight, bias.contiguous(), inner, sums, height, width, channels, *tile)
+    with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]
+        _inner_gradient[grid](grad, tokens, weight, bias.contiguous(), inner, sums, height, width, channels, *tile)
     total = sums.sum(dim=(0, 1, 2))  # (10, C): nine taps, then the bias
     grad_weight = weight.new_empty(channels, 9).copy_(total[:9].t()).view(weight.shape)
     grad_bias = bias.new_empty(channels).copy_(total[9])
@@ -101,7 +102,8 @@ def _convolve(tokens: Tensor, weight: Tensor, bias: Tensor, height: int, width: 
     tokens, weight, bias = tokens.contiguous(), weight.contiguous(), bias.contiguous()
     grid, tile = _tiles(tokens, height, width, COLUMNS)
     result = torch.empty_like(tokens)
-    _convolution[grid](tokens, weight, bias, result, height, width, tokens.shape[2], *tile, FORWARD=forward)
+    with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]
+        _convolution[grid](tokens, weight, bias, result, height, width, tokens.shape[2], *tile, FORWARD=forward)
     return result
 
 

@@ -92,10 +92,11 @@ def layer_norm_backward(
     # no atomic additions, whose order would differ from run to run: a place for each program's sums
     sums = x.new_empty(2, programs, channels, dtype=torch.float32)
     if rows:
-        _gradients[(programs,)](
-            grad, grad_sum, x, scale, weight.contiguous(), grad_x, grad_branch, sums, rows, channels, share, eps,
-            tile, block,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            _gradients[(programs,)](
+                grad, grad_sum, x, scale, weight.contiguous(), grad_x, grad_branch, sums, rows, channels, share, eps,
+                tile, block,
+            )  # fmt: skip
     grad_weight, grad_bias = sums[0].sum(dim=0).to(weight.dtype), sums[1].sum(dim=0).to(bias.dtype)
     return grad_x, x.new_empty(0) if grad_branch is None else grad_branch, grad_weight, grad_bias
 
@@ -182,9 +183,10 @@ def _normalized(
     summed = None if branch is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
     tile = FORWARD // block
     if rows:
-        _normalize[(triton.cdiv(rows, tile),)](
-            x, branch, scale, weight, bias, summed, normed, rows, channels, share, eps, tile, block
-        )
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            _normalize[(triton.cdiv(rows, tile),)](
+                x, branch, scale, weight, bias, summed, normed, rows, channels, share, eps, tile, block
+            )
     return summed, normed
 
 

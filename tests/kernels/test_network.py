@@ -1,11 +1,13 @@
 """The whole network, its loss and its scores with the kernels in their places, against the same without them."""
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -27,6 +29,7 @@ LEARNING = ("depthwise_gelu", "upsample_cross_entropy", "upsample_sum", "layer_n
 def _back_on() -> Iterator[None]:
     yield
     kernels.enable(True)
+    kernels._proved.cache_clear()
 
 
 @pytest.fixture
@@ -38,7 +41,9 @@ def street() -> tuple[nn.Module, Tensor, Tensor]:
     images = torch.randint(256, (2, 3, 29, 37), dtype=torch.uint8)
     labels = torch.randint(7, (2, 29, 37), dtype=torch.uint8)
     labels[:, :9] = 255
-    return model.to(DEVICE), images.to(DEVICE), labels.to(DEVICE)
+    images = images.to(DEVICE)
+    assert kernels._works(images.get_device())  # tried out now, not where operations are watched
+    return model.to(DEVICE), images, labels.to(DEVICE)
 
 
 def operations(run) -> set[str]:
@@ -63,9 +68,9 @@ def assert_same(found: list[Tensor], expected: list[Tensor], bound: float) -> No
             assert (one - other).abs().max() <= bound * max(other.abs().max().item(), 1e-2 * largest)
 
 
-@pytest.mark.parametrize("options", [{}, {"denominator": "all", "label_smoothing": 0.1, "dice_weight": 0.5}])
-def test_a_network_learns_the_same_with_kernels_and_without(street, options) -> None:
+def test_a_network_learns_the_same_with_kernels_and_without(street) -> None:
     model, images, labels = street
+    options = {"denominator": "all", "label_smoothing": 0.1, "dice_weight": 0.5}
     for part in model.modules():  # dropout draws other numbers
         part.training = isinstance(part, nn.BatchNorm2d)
     found = learnt(model, images, labels, **options)
@@ -92,6 +97,64 @@ def test_label_maps_and_scores_are_the_same_with_kernels_and_without(street) -> 
     assert (counts - numbers).abs().sum() <= 2 * (found != expected).sum()
     for one, other in zip(slid, score(model, images, labels, 7, windows), strict=True):
         assert (one != other).double().mean() < 1e-2
+
+
+def test_whether_kernels_work_is_found_out_wherever_it_is_asked(street) -> None:
+    model, images, _ = street
+    for mode in (
+        torch.autocast(DEVICE, torch.bfloat16),
+        FakeTensorMode(),
+        torch.inference_mode(),
+        torch.device("meta"),
+    ):
+        kernels._proved.cache_clear()
+        with warnings.catch_warnings(action="error"), mode:
+            assert kernels._works(images.get_device())
+    kernels._proved.cache_clear()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert "depthwise_gelu" in operations(lambda: compiled(normalize(images))) and kernels._proved.cache_info().hits
+
+
+def test_where_kernels_do_not_work_it_is_told_once_and_the_twins_do(street, monkeypatch) -> None:
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("no C compiler\nfound")
+
+    model, images, _ = street
+    expected = model(normalize(images)).logits
+    monkeypatch.setattr(kernels, "_try_out", broken)
+    kernels._proved.cache_clear()
+    with pytest.warns(
+        UserWarning, match="GPU kernels are off, PyTorch's own .* take their place: no C compiler$"
+    ) as told:
+        assert not operations(lambda: model(normalize(images)))
+    kernels._proved.cache_clear()
+    assert len(told) == 1
+    assert (model(normalize(images)).logits - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize(
+    "other", [{"padding": 2, "dilation": 2}, {"padding": 1, "padding_mode": "reflect"}, {"padding": 1, "bias": False}]
+)
+def test_another_convolution_in_its_place_is_called(street, other) -> None:
+    model, images, _ = street
+    for block in (stage.blocks[0] for stage in model.segformer.stages):
+        width = block.mlp.dwconv.in_channels
+        block.mlp.dwconv = nn.Conv2d(width, width, 3, groups=width, **other).to(DEVICE)
+    images = nn.functional.interpolate(images[:1].float(), (64, 64)).byte()  # what is mirrored has two rows
+    found = model(normalize(images)).logits
+    assert "depthwise_gelu" not in operations(lambda: model(normalize(images)))
+    kernels.enable(False)
+    torch.testing.assert_close(found, model(normalize(images)).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_put_into_a_module_is_called(street) -> None:
+    model, images, _ = street
+    block, seen = model.segformer.stages[0].blocks[0], []
+    for part in (block.layernorm_after, block.mlp.dwconv):
+        part.forward = lambda x, own=part.forward: seen.append(1) or own(x)
+    model(normalize(images))
+    assert len(seen) == 2
 
 
 def test_autocast_keeps_its_types(street) -> None:
