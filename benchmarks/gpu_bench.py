@@ -74,8 +74,9 @@ class Bench:
         self.results: Row = {"environment": where, "options": vars(options), "headline": [], "left_out": []}
         self.results |= {section: [] for section in SECTIONS}
 
-    def late(self) -> bool:
-        return time.monotonic() >= self.deadline
+    def late(self, seconds: float = 0) -> bool:
+        """Whether what takes so long would end after the budget."""
+        return time.monotonic() + seconds >= self.deadline
 
     def save(self) -> None:
         if self.options.json:
@@ -94,10 +95,14 @@ class Bench:
                 cell.measure(row)
             except Exception as error:  # of memory, a compiler, a driver: the other cells have a right to theirs
                 row["error"] = told(error)
+                if cell.section == "checks" and not isinstance(error, torch.OutOfMemoryError):
+                    row.setdefault("found", []).append(judged("it raised an error", math.nan, 0.0))
             row["cell s"] = time.monotonic() - begun
-            torch._dynamo.reset()
+            self.save()
             kernels.enable(True)
-            self.release()
+            torch._dynamo.reset()
+            with suppress(RuntimeError):  # of a device that answers nothing any more
+                self.release()
         self.save()
 
     def release(self) -> None:
@@ -167,17 +172,20 @@ class Bench:
         Returns the runs, still warm.
         """
         variants: dict[str, Row] = row.setdefault("variants", {})
-        runs, steps = {}, {}
+        runs, steps, longest, base = {}, {}, 0.0, next(iter(builders))
         for name, build in builders.items():
             figures = variants.setdefault(name, {})
             try:
-                if self.late():
-                    raise TimeoutError("left out, the budget is spent")
+                if self.late(longest if "compiled" in name or "graphs" in name else 0):
+                    raise TimeoutError("left out, the budget is spent or would be")
                 runs[name], found = self.alone(build, figures, name in captures)
                 figures |= observe(found)
                 del found
                 step = min(self.timed(runs[name], wait=wait) for _ in range(2))
-                figures["alone ms"] = 1e3 * step / calls
+                figures["ms"] = spread([1e3 * step / calls])  # what is known if the run is cut off before the rounds
+                longest = max(longest, figures["first call s"])
+                if base in runs:
+                    figures["ratio"] = spread([variants[base]["ms"]["median"] / figures["ms"]["median"]])
                 steps[name] = self.options.steps or (min(1000, math.ceil(SHORTEST / step)) if self.gpu else 1)
             except Exception as error:
                 figures["error"] = told(error)
@@ -194,7 +202,6 @@ class Bench:
                     variants[name]["error"] = told(error)
                     del runs[name]
                     self.release()
-        base = next(iter(builders))
         for name in runs:
             variants[name]["ms"] = spread([1e3 * value for value in seconds[name]])
             variants[name]["ratio"] = pairs.ratio(seconds[base], seconds[name]) if base in runs else None

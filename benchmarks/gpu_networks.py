@@ -168,6 +168,15 @@ def inference_step(bench: Bench, variant: str, row: Row) -> Run:
     return run
 
 
+def likeness(task: str, variants: Row, name: str) -> Row:
+    """Whether what was timed came to what the first variant came to: bf16, dropout, and steps of its own apart."""
+    if task == "training":
+        first = next(iter(variants.values())).get("loss", math.nan)
+        return judged(f"{name}, loss of a step, relative difference", abs(variants[name]["loss"] / first - 1), 0.2)
+    differs = 1 - variants[name]["labels as the first variant's"]
+    return judged(f"{name}, label map, share of pixels that differ", differs, 0.1)
+
+
 def every(variant: str) -> AbstractContextManager[None]:
     """Kernels for tensors of any size: what the sizes from which on they are called cost and save."""
     return kernels.recording() if variant.endswith("every kernel") else nullcontext()
@@ -190,6 +199,7 @@ def time_network(bench: Bench, task: str, row: Row) -> None:
     builders = {name: functools.partial(STEPS[task], bench, name, row) for name in wanted(bench, task)}
     latency = task == "inference" and row["batch"] == 1
     runs = bench.side_by_side(row, builders, wait=latency, captures=captures, observe=observe)
+    row["found"] = [likeness(task, row["variants"], name) for name in runs if name.startswith("segformer")]
     for name in runs:
         row["variants"][name]["images/s"] = 1e3 * row["batch"] / row["variants"][name]["ms"]["median"]
     kernels.enable(True)

@@ -114,7 +114,29 @@ def test_wrong_numbers_fail_the_run(gpu: Any, tmp_path: Path, monkeypatch: pytes
     found = json.loads((tmp_path / "gpu.json").read_text())["checks"][0]["found"]
     passed = {check["check"].split(",")[0]: check["passed"] for check in found}
     assert passed["gradients"] is False and passed["logits"] is False
-    assert gpu.wrong([{"found": [gpu_networks.judged("not a number", float("nan"), 1.0)]}])
+    nothing = {"checks": [], "training": [], "inference": []}
+    for section in nothing:
+        odd = [{"found": [gpu_networks.judged("not a number", float("nan"), 1.0)]}]
+        assert gpu.wrong(nothing | {section: odd}) and not gpu.wrong(nothing)
+
+
+def test_a_timed_variant_that_gives_something_else_fails_the_run(gpu: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    import gpu_networks
+
+    target = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu_networks, "segment", lambda _, images: torch.zeros_like(images[:, 0]))
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([*SMALL, "--only", "inference", "--json", str(target)])
+    assert ended.value.code == 1 and not json.loads(target.read_text())["inference"][0]["found"][0]["passed"]
+
+
+def test_a_check_that_raises_fails_the_run(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_networks
+
+    monkeypatch.delattr(gpu_networks, "gradients")
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([*SMALL, "--only", "checks", "--json", str(tmp_path / "gpu.json")])
+    assert ended.value.code == 1
 
 
 def test_what_fails_is_recorded_and_the_rest_goes_on(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

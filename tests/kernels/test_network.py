@@ -108,7 +108,7 @@ def test_whether_kernels_work_is_found_out_wherever_it_is_asked(street) -> None:
         torch.device("meta"),
     ):
         kernels._proved.cache_clear()
-        with warnings.catch_warnings(action="error"), mode:
+        with warnings.catch_warnings(action="error", category=UserWarning), mode:
             assert kernels._works(images.get_device())
     kernels._proved.cache_clear()
     torch.compiler.reset()
