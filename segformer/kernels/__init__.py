@@ -88,6 +88,8 @@ def _try_out(device: torch.device) -> None:
     """Raises unless a small example is right: Triton needs a C compiler, and no GPU that is too old for it."""
     from segformer.kernels.depthwise import depthwise_gelu
 
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        raise RuntimeError("they need a GPU of compute capability 8.0 (A100, RTX 30), which has bfloat16")
     with torch.autocast(device.type, enabled=False):
         tokens = torch.linspace(-1, 1, 24, device=device).view(2, 3, 4)
         weight, bias = torch.linspace(1, -1, 36, device=device).view(4, 1, 3, 3), tokens[0, 0]

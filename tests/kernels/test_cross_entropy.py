@@ -123,9 +123,11 @@ def test_label_types_and_layouts(label_type) -> None:
         torch.testing.assert_close(torch.autograd.grad(loss, form)[0], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_a_label_that_is_no_class_reaches_the_loss() -> None:
+@pytest.mark.parametrize("label", [3, -1, 2**32])
+def test_a_label_that_is_no_class_reaches_the_loss(label) -> None:
     logits, labels = batch(1, 3, (3, 4), (9, 10))
-    labels[0, 8, 9] = 3
+    labels = labels.long()
+    labels[0, 8, 9] = label
     loss = upsample_cross_entropy(logits, labels, 255, "valid", None, 0.0)
     gradient = torch.autograd.grad(loss, logits)[0]
     assert loss.isnan() and gradient.isnan().any()
