@@ -1,4 +1,4 @@
-"""Pixel losses at label size that never hold full-resolution logits: cross-entropy, its hard pixels (OHEM), Dice.
+"""Losses, of pixels at label size without full-resolution logits: cross-entropy, its hard pixels (OHEM), Dice.
 
 Upsampling 150-class logits to 512 x 512 costs 157 MB an image in float32, log_softmax as much again and their gradient
 twice that. Here a band of rows at a time is upsampled, scored and its exact gradient folded back to the logits' own
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_band
-from segformer.errors import UserError
+from segformer.errors import UserError, nearest
 from segformer.kernels import usable
 from segformer.labels import IGNORE
 
@@ -125,6 +125,25 @@ def binary_pixel_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int
     upsampled = F.interpolate(_exact(logits), size=labels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     losses = F.binary_cross_entropy_with_logits(upsampled, labels.to(upsampled.dtype), reduction="none")
     return (losses * scored).mean()
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
+    """The loss of whole images by transformers' rules; a scalar.
+
+    logits: (B, K). labels: (B,) numbers or class ids, (B, K) floats for several classes at once. problem_type:
+    "regression" (squared error), "single_label_classification" (cross-entropy) or "multi_label_classification" (binary
+    cross-entropy); None: regression of one class, else floats are several at once.
+    """
+    kinds = ("regression", "single_label_classification", "multi_label_classification")
+    guess = kinds[0] if logits.shape[1] == 1 else kinds[2 if labels.is_floating_point() else 1]
+    kind = problem_type or guess
+    if kind == "regression":
+        return F.mse_loss(logits.flatten(), labels.to(logits.dtype).flatten())
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits, labels.long().view(-1))
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    raise UserError(f"problem_type is {kind!r}{nearest(kind, kinds)}: choose from {', '.join(kinds)}")
 
 
 def _readable(values: Tensor) -> bool:

@@ -19,7 +19,7 @@ from segformer.bilinear import band_rows, bilinear_matrix, row_bands, upsample_b
 from segformer.config import SegformerConfig
 from segformer.errors import UserError, nearest
 from segformer.kernels import usable
-from segformer.losses import binary_pixel_cross_entropy, pixel_cross_entropy
+from segformer.losses import binary_pixel_cross_entropy, classification_loss, pixel_cross_entropy
 from segformer.outputs import BaseModelOutput, ImageClassifierOutput, SemanticSegmenterOutput
 
 # of embedding and reduction norms, of block and stage norms: transformers builds every LayerNorm with PyTorch's 1e-5,
@@ -424,22 +424,9 @@ class SegformerForImageClassification(SegformerPreTrainedModel):
         with_attentions, with_states = self._outputs(output_attentions, output_hidden_states)
         maps, attentions = self.segformer.features(pixel_values, with_attentions)
         logits = self.classifier(maps[-1].flatten(2).mean(dim=2))
-        loss = None if labels is None else _classification_loss(logits, labels, self.config)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         output = ImageClassifierOutput(loss, logits, self._states(maps) if with_states else None, attentions)
         return self._returned(output, return_dict)
-
-
-def _classification_loss(logits: Tensor, labels: Tensor, config: SegformerConfig) -> Tensor:
-    kinds = ("regression", "single_label_classification", "multi_label_classification")
-    guess = kinds[0] if config.num_labels == 1 else kinds[2 if labels.is_floating_point() else 1]
-    kind = config.problem_type or guess
-    if kind == "regression":
-        return F.mse_loss(logits.flatten(), labels.to(logits.dtype).flatten())
-    if kind == "single_label_classification":
-        return F.cross_entropy(logits, labels.long().view(-1))
-    if kind == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    raise UserError(f"problem_type is {kind!r}{nearest(kind, kinds)}: choose from {', '.join(kinds)}")
 
 
 def _check_pixels(pixels: Tensor, config: SegformerConfig) -> None:

@@ -15,8 +15,8 @@ CODE = "import torch, segformer.kernels as k, sys; print(k.usable(torch.zeros(1)
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({}, "False False"),  # a CPU
-        ({"TRITON_INTERPRET": "1"}, "True False"),  # and nothing was imported to say so
+        ({}, "False False"),  # a CPU, and nothing was imported to say so
+        ({"TRITON_INTERPRET": "1"}, "True True"),  # tried out
         ({"TRITON_INTERPRET": "1", "SEGFORMER_KERNELS": "0"}, "False False"),
     ],
 )

@@ -57,13 +57,16 @@ def usable(tensor: Tensor, least: int = 0) -> bool:
     return worth and (tensor.is_cuda or _INTERPRETED) and _works(tensor.get_device())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _works(device: int) -> bool:
     """Whether kernels do on this GPU (-1: on the CPU, interpreted)."""
     try:
         return _proved(device)
     except _NotNow:
         return False
+
+
+# as `torch.compiler.assume_constant_result` does, which imports the whole compiler for it
+_works._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _NotNow(Exception):
