@@ -165,10 +165,14 @@ def _check_factors(factors: Any, classes: int) -> None:
 
 def _comparable(labels: Tensor, *numbers: int) -> Tensor:
     """Labels of a type that holds these numbers: a byte takes -100 for 156, and 256 for 0."""
-    if labels.dtype == torch.bool:
-        return labels.byte()
-    limits = torch.iinfo(labels.dtype)
-    return labels if all(limits.min <= number <= limits.max for number in numbers) else labels.int()
+    if labels.is_floating_point():
+        return labels
+    labels = labels.byte() if labels.dtype == torch.bool else labels
+    for kind in (labels.dtype, torch.int32):
+        limits = torch.iinfo(kind)
+        if all(limits.min <= number <= limits.max for number in numbers):
+            return labels.to(kind)
+    return labels.long()
 
 
 def _checked(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

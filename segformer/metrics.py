@@ -29,10 +29,12 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     """
     if label.device.type == "cpu" and label.dtype == prediction.dtype == torch.uint8:
         return _counted(prediction.flatten(), label.flatten(), classes)
-    rows, row = 256, label.to(torch.int32)
-    if label.dtype != torch.uint8 or classes > rows:
-        # of a byte, one row for each value it can hold is cheaper than telling the ignored pixels first
-        rows, row = classes + 1, torch.where((row >= 0) & (row < classes), row, classes)
+    if label.dtype == torch.uint8 and classes <= 256:
+        # one row for each value a byte can hold is cheaper than telling the ignored pixels first
+        rows, row = 256, label.to(torch.int32)
+    else:
+        wide = label.long()
+        rows, row = classes + 1, torch.where((wide >= 0) & (wide < classes), wide, classes).to(torch.int32)
     key = row * classes + prediction.to(torch.int32)
     if key.device.type == "cpu":  # torch.bincount is slow on CPU above a million numbers
         counts = torch.from_numpy(np.bincount(key.flatten().numpy(), minlength=rows * classes))

@@ -318,3 +318,15 @@ def test_bytes_are_compared_with_numbers_that_no_byte_holds() -> None:
             labels[labels == 255] = 199
         expected = torch.nn.functional.cross_entropy(logits, labels.long(), ignore_index=ignore)
         torch.testing.assert_close(pixel_cross_entropy(logits, labels, ignore), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore", [255, 0, -100, 256, -256, 2**32])
+@pytest.mark.parametrize("classes", [2, 127, 256])
+def test_labels_of_any_integer_type_are_what_they_say(kind, ignore, classes) -> None:
+    labels, logits = torch.tensor([[[0, 1], [1, 0]]]), torch.randn(1, classes, 2, 2)
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore)
+    torch.testing.assert_close(pixel_cross_entropy(logits, labels.to(kind), ignore), expected)
+    single = torch.randn(1, 1, 2, 2)
+    found = binary_pixel_cross_entropy(single, labels.to(kind), ignore)
+    torch.testing.assert_close(found, binary_pixel_cross_entropy(single, labels.float(), ignore))

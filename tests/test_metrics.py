@@ -260,6 +260,7 @@ def test_scores_are_those_of_hugging_faces_evaluate(tmp_path) -> None:
 def test_labels_of_any_integer_type_are_counted(classes, kind) -> None:
     low = 0 if kind == torch.uint8 else -2
     label = torch.randint(low, min(classes + 9, torch.iinfo(kind).max + 1), (40, 50)).to(kind)
+    label[0, 0] = min(2**32, torch.iinfo(kind).max)  # 0 to who looks at 32 bits
     prediction = torch.randint(classes, (40, 50), dtype=torch.int16)
     expected = torch.zeros(classes, classes, dtype=torch.int64)
     for row, column in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):

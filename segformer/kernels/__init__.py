@@ -94,8 +94,9 @@ def _try_out(device: torch.device) -> None:
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         raise RuntimeError("they need a GPU of compute capability 8.0 (A100, RTX 30), which has bfloat16")
     with torch.autocast(device.type, enabled=False):
-        tokens = torch.linspace(-1, 1, 24, device=device).view(2, 3, 4)
-        weight, bias = torch.linspace(1, -1, 36, device=device).view(4, 1, 3, 3), tokens[0, 0]
+        tokens = torch.linspace(-1, 1, 24, device=device, dtype=torch.float32).view(2, 3, 4)
+        weight = torch.linspace(1, -1, 36, device=device, dtype=torch.float32).view(4, 1, 3, 3)
+        bias = tokens[0, 0]
         found = depthwise_gelu(tokens, weight, bias, 1, 3)
         maps = F.conv2d(tokens.mT.unsqueeze(2), weight, bias, padding=1, groups=4)  # (B, C, 1, 3)
         torch.testing.assert_close(found, F.gelu(maps)[:, :, 0].mT, atol=1e-2, rtol=1e-2)  # it may be in TF32
