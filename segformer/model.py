@@ -62,8 +62,11 @@ class LayerNorm(nn.LayerNorm):
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel does."""
-        least = LEAST_ROWS * x.shape[-1]
-        return not torch.compiler.is_compiling() and x.shape[-1] <= 1024 and usable(x, least)
+        if torch.compiler.is_compiling() or not usable(x, LEAST_ROWS * x.shape[-1]):
+            return False
+        from segformer.kernels.layer_norm import CHANNELS
+
+        return x.shape[-1] <= CHANNELS
 
     def result(self, x: Tensor) -> torch.dtype:
         """The type of the result: under autocast PyTorch's own gives float32."""

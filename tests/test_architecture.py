@@ -15,6 +15,7 @@ LEVELS = (
     {"launch", "secrets"},
     {"errors"},
     {"pixels", "labels", "files", "outputs", "bilinear"},
+    {"kernels.cells"},
     {f"kernels.{name}" for name in KERNELS},
     {"kernels"},
     {"config", "metrics", "optim", "losses", "cityscapes"},
@@ -68,7 +69,7 @@ ROOMS = {
     "imagecorruptions": {"corruptions"},
     "safetensors": {"checkpoints"},
     "transformers": set(),
-    "triton": {f"kernels.{name}" for name in KERNELS},
+    "triton": {f"kernels.{name}" for name in ("cells", *KERNELS)},
 }
 
 

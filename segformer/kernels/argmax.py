@@ -19,6 +19,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from segformer.bilinear import label_type
+from segformer.kernels.cells import first_index
 
 BLOCK = 32  # patches a program: one warp, so that a reduction needs no barrier
 CHUNK = 8  # classes read at a time: 16 bytes of a pixel's logits in bf16 where channels are last
@@ -26,12 +27,6 @@ SIDE = 4  # pixels of a patch along either axis at most
 ROUNDS = 8  # pairs of label and class that a program counts itself; most see fewer
 LOWEST = torch.finfo(torch.float32).min / 2**20  # as `segformer.bilinear.finite` has it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _first(cell, source, target):  # type: ignore[no-untyped-def]
-    """The first output index whose centre lies in a cell: between the sources cell - 1 and cell."""
-    return tl.minimum(tl.maximum((target * (2 * cell - 1) + source - 1) // (2 * source), 0), target)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -43,12 +38,12 @@ def _axis(patch, pieces, source, target, PIXELS: tl.constexpr):  # type: ignore[
     cell = patch // pieces
     low = tl.minimum(tl.maximum(cell - 1, 0), source - 1)
     high = tl.minimum(cell, source - 1)
-    index = (_first(cell, source, target) + patch % pieces * PIXELS)[None, :] + tl.arange(0, PIXELS)[:, None]
+    index = (first_index(cell, source, target) + patch % pieces * PIXELS)[None, :] + tl.arange(0, PIXELS)[:, None]
     position = (2 * index + 1) * source - target - 2 * target * (cell - 1)[None, :]
     weight = tl.div_rn(position.to(tl.float32), tl.zeros_like(position).to(tl.float32) + 2 * target)
     weight = tl.where((low == high)[None, :], 0.0, tl.minimum(weight, 1.0))  # 1: of indices past the cell
     index = index.to(tl.int32)  # held to the end: half the registers
-    return low, high, index, weight, index < _first(cell + 1, source, target)[None, :]
+    return low, high, index, weight, index < first_index(cell + 1, source, target)[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -16,6 +16,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from segformer.kernels.cells import first_index
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # products of float32 in three passes of the tensor cores, exact to about 2^-21; AMD's have their own float32
@@ -151,12 +153,6 @@ def _cell(place, source, target):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _first(cell, source, target):  # type: ignore[no-untyped-def]
-    """The first output index that lies in a cell or behind it."""
-    return tl.minimum(tl.maximum((2 * cell - 1) * target + source - 1, 0) // (2 * source), target)
-
-
-@triton.jit
 def _stretched(image, wanted, row, column, share, rows, columns, by_row, by_column):  # type: ignore[no-untyped-def]
     """A row of logits, times log2(e), at pixels of (cell, share) columns; 0 where not wanted or outside.
 
@@ -196,10 +192,10 @@ def _forward(  # type: ignore[no-untyped-def]
     x = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     column, across = _cell(x, columns, width)
     column, across = column[None, :], across[None, :]
-    end = _first(row + 1, rows, height)
+    end = first_index(row + 1, rows, height)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     mass = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(_first(row, rows, height), end, ROWS):
+    for start in range(first_index(row, rows, height), end, ROWS):
         y = start + tl.arange(0, ROWS)
         inside = (y < end)[:, None] & (x < width)[None, :]
         down = _cell(y, rows, height)[1][:, None]
@@ -260,7 +256,7 @@ def _backward(  # type: ignore[no-untyped-def]
     k = chunk * CLASSES + tl.arange(0, CLASSES)
     real = (k < classes)[:, None]
     places = (logits + image * by_image + k * by_class)[:, None]
-    x = _first(left, columns, width) + tl.arange(0, COLUMNS)
+    x = first_index(left, columns, width) + tl.arange(0, COLUMNS)
     cell, across = _cell(x, columns, width)
     j = left + tl.arange(0, OWNED_COLUMNS)
     fold = tl.where(cell[:, None] == j[None, :], across[:, None], 0.0)
@@ -280,7 +276,7 @@ def _backward(  # type: ignore[no-untyped-def]
         below = _stretched(places, real, row, column, across, rows, columns, by_row, by_column)
         rise = below - above
         lower = tl.zeros([CLASSES, COLUMNS], tl.float32)
-        for y in range(_first(row, rows, height), _first(row + 1, rows, height)):
+        for y in range(first_index(row, rows, height), first_index(row + 1, rows, height)):
             down = _cell(y, rows, height)[1]
             place = y * width + x
             label, scored, _, weight = _read_labels(labels, weights, place, x < width, classes, ignore_index)

@@ -18,6 +18,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from segformer.kernels.cells import first_index
+
 FORWARD = 16, 64  # columns (half of them in float32) and channels of a program: 16 bytes a thread in 128 threads
 BACKWARD = 8, 128
 ROWS = 4, 32  # fine rows it walks down: many for a small share of halos, few where programs would be too few
@@ -138,12 +140,6 @@ def _share(place, index, source, target):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _first(cell, source, target):  # type: ignore[no-untyped-def]
-    """The first output index that lies in a cell, between the sources cell - 1 and cell, or behind it."""
-    return tl.minimum(tl.maximum((2 * cell - 1) * target + source - 1, 0) // (2 * source), target)
-
-
-@triton.jit
 def _sources(x, source, target):  # type: ignore[no-untyped-def]
     """The cell of an output index and the sources on both sides of it, one where there is no other."""
     cell = ((2 * x + 1) * source + target) // (2 * target)
@@ -253,14 +249,14 @@ def _backward(  # type: ignore[no-untyped-def]
     end = (tl.program_id(1) + 1) * rows // tl.num_programs(1)
     j = block * COLUMNS + tl.arange(0, COLUMNS)
     at, ours = j[:, None] * channels + channel, (j < columns)[:, None] & (channel < channels)
-    first = _first(j, columns, width)
+    first = first_index(j, columns, width)
     taps = tl.cdiv(2 * width, columns)  # no column is touched by more
     step = width.to(tl.int64) * channels
     grad += image * height * step
     upper = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     for row in range(top, tl.where(top < end, end + 1, top)):
         lower = tl.zeros((COLUMNS, CHANNELS), tl.float32)
-        for y in range(_first(row, rows, height), _first(row + 1, rows, height)):
+        for y in range(first_index(row, rows, height), first_index(row + 1, rows, height)):
             total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
             for start in range(0, taps, 4):
                 for tap in tl.static_range(4):

@@ -59,8 +59,11 @@ def assert_close(found, logits, *expected, bound=1e-5):
         torch.testing.assert_close(gradient, right, rtol=0, atol=bound * right.abs().max().item() + 1e-9)
 
 
-# the options go round: each size has some, and some are left over
-@pytest.mark.parametrize(("size", "options"), list(zip(SIZES, 3 * OPTIONS, strict=False)), ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    list(zip(SIZES, 3 * OPTIONS, strict=False)),  # they go round: each size has some, and some are left over
+    ids=str,
+)
 def test_equals_the_twin_and_the_literal_form(size, options) -> None:
     torch.manual_seed(0)
     logits, labels = batch(*size)
